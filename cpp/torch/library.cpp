@@ -1,0 +1,57 @@
+// Every schema of torch.ops.moe, and nothing else. Fakes and autograd are registered in Python, beside each wrapper
+// in python/torch_moe/ops. A plan is always the same three tensors, in this order:
+//   expert_offsets [E + 1] int32, row_to_slot [R] int32, slot_to_row [T, K] int32.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(moe, m) {
+  m.def(
+      "route(Tensor router_logits, int top_k, *, str score_function='softmax', str score_order='score_then_topk', "
+      "bool renormalize=True, float routed_scaling_factor=1.0, Tensor? expert_bias=None, int num_groups=1, "
+      "int topk_groups=1, bool check_finite=False) -> (Tensor topk_weights, Tensor topk_ids)");
+  m.def(
+      "route_backward(Tensor grad_topk_weights, Tensor router_logits, Tensor topk_ids, *, str score_function, "
+      "str score_order, bool renormalize, float routed_scaling_factor) -> Tensor grad_router_logits");
+
+  m.def(
+      "plan(Tensor topk_ids, int num_experts, int? capacity=None) "
+      "-> (Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
+
+  m.def("permute(Tensor hidden_states, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row) -> Tensor rows");
+
+  m.def(
+      "grouped_gemm(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias=None, *, "
+      "str weight_layout='out_in') -> Tensor");
+  m.def("grouped_gemm_wgrad(Tensor lhs, Tensor rhs, Tensor expert_offsets) -> Tensor");
+  m.def("grouped_gemm_bgrad(Tensor grad_output, Tensor expert_offsets) -> Tensor");
+
+  m.def(
+      "activation(Tensor pre_activation, str activation='swiglu', *, str gate_layout='concat', float alpha=1.0, "
+      "float? limit=None, float up_offset=0.0) -> Tensor");
+  m.def(
+      "activation_backward(Tensor grad_output, Tensor pre_activation, str activation, *, str gate_layout, "
+      "float alpha, float? limit, float up_offset) -> Tensor grad_pre_activation");
+
+  m.def(
+      "combine(Tensor rows, Tensor? topk_weights, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row) "
+      "-> Tensor");
+  m.def(
+      "combine_backward(Tensor grad_output, Tensor rows, Tensor topk_weights, Tensor expert_offsets, "
+      "Tensor row_to_slot, Tensor slot_to_row) -> (Tensor grad_rows, Tensor grad_topk_weights)");
+
+  // The fused path. With save_pre_activation=False the second output is empty ([0, P]) and the backward, given that
+  // empty tensor, computes the pre-activation again.
+  m.def(
+      "experts(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, "
+      "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor? gate_up_bias=None, "
+      "Tensor? down_bias=None, *, str activation='swiglu', str gate_layout='concat', str weight_layout='out_in', "
+      "float alpha=1.0, float? limit=None, float up_offset=0.0, bool save_pre_activation=True) "
+      "-> (Tensor output, Tensor pre_activation)");
+  // A gradient that is not needed comes back as an empty tensor of shape [0].
+  m.def(
+      "experts_backward(Tensor grad_output, Tensor hidden_states, Tensor pre_activation, Tensor gate_up_proj, "
+      "Tensor down_proj, Tensor topk_weights, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, "
+      "Tensor? gate_up_bias, Tensor? down_bias, *, str activation, str gate_layout, str weight_layout, float alpha, "
+      "float? limit, float up_offset, bool needs_hidden_states, bool needs_projections, bool needs_topk_weights, "
+      "bool needs_biases) -> (Tensor grad_hidden_states, Tensor grad_gate_up_proj, Tensor grad_down_proj, "
+      "Tensor grad_topk_weights, Tensor grad_gate_up_bias, Tensor grad_down_bias)");
+}
