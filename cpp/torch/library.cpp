@@ -5,8 +5,8 @@
 
 STABLE_TORCH_LIBRARY(moe, m) {
   m.def(
-      "route(Tensor router_logits, int top_k, *, str score_function='softmax', str score_order='score_then_topk', "
-      "bool renormalize=True, float routed_scaling_factor=1.0, Tensor? expert_bias=None, int num_groups=1, "
+      "route(Tensor router_logits, int top_k, Tensor? expert_bias=None, *, str score_function='softmax', "
+      "str score_order='score_then_topk', bool renormalize=True, float routed_scaling_factor=1.0, int num_groups=1, "
       "int topk_groups=1, bool check_finite=False) -> (Tensor topk_weights, Tensor topk_ids)");
   m.def(
       "route_backward(Tensor grad_topk_weights, Tensor router_logits, Tensor topk_ids, *, str score_function, "
