@@ -17,8 +17,8 @@ inline int64_t num_chunks(const ThreadPool& pool, int64_t n, int64_t grain) {
   return std::clamp<int64_t>(ceil_div(n, std::max<int64_t>(grain, 1)), 1, std::max(pool.num_threads(), 1));
 }
 
-// Calls fn(chunk, begin, end) for `chunks` equal runs that cover [0, n). One chunk has one thread, so scratch memory and
-// partial results can be indexed by chunk.
+// Calls fn(chunk, begin, end) for `chunks` equal runs that cover [0, n). One chunk has one thread, so scratch memory
+// and partial results can be indexed by chunk.
 template <typename Fn>
 void parallel_chunks(const ThreadPool& pool, int64_t n, int64_t chunks, const Fn& fn) {
   if (n <= 0) return;
