@@ -1,0 +1,154 @@
+#include "checks.h"
+
+#include <algorithm>
+#include <span>
+#include <stdexcept>
+
+namespace moe {
+namespace {
+
+struct TypeName {
+  ScalarType type;
+  const char* name;        // as torch prints it, without "torch."
+  const char* conversion;  // how to get there
+};
+constexpr TypeName kTypeNames[] = {
+    {ScalarType::Float, "float32", "call .float()"},
+    {ScalarType::Double, "float64", "call .double()"},
+    {ScalarType::Half, "float16", "call .half()"},
+    {ScalarType::BFloat16, "bfloat16", "call .bfloat16()"},
+    {ScalarType::Int, "int32", "call .int()"},
+    {ScalarType::Long, "int64", "call .long()"},
+    {ScalarType::Short, "int16", ""},
+    {ScalarType::Char, "int8", ""},
+    {ScalarType::Byte, "uint8", ""},
+    {ScalarType::Bool, "bool", ""},
+    {ScalarType::ComplexFloat, "complex64", ""},
+    {ScalarType::ComplexDouble, "complex128", ""},
+};
+
+TypeName type_name(ScalarType type) {
+  const auto* found = std::ranges::find(kTypeNames, type, &TypeName::type);
+  return found != std::end(kTypeNames) ? *found : TypeName{type, torch::headeronly::toString(type), ""};
+}
+
+std::span<const int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.data(), sizes.size()};
+}
+
+std::string to_text(std::span<const int64_t> shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+  return "another device";
+}
+
+std::string message(std::string_view op, std::string_view argument, const std::string& expectation,
+                    const std::string& got, std::string_view hint) {
+  std::string text = std::string(op) + ": " + std::string(argument) + " must " + expectation + ", got " + got;
+  if (!hint.empty()) text += " (" + std::string(hint) + ")";
+  return text;
+}
+
+}  // namespace
+
+void check_status(std::string_view op, Status status) {
+  switch (status) {
+    case Status::kOk:
+      return;
+    case Status::kNonFiniteLogits:
+      throw std::runtime_error(message(op, "router_logits", "be finite", "NaN or infinity",
+                                       "check_finite=False routes such a token like any other"));
+    case Status::kOutOfMemory:
+      throw std::runtime_error(std::string(op) + ": not enough memory for scratch space");
+  }
+}
+
+ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kFloat16:
+      return ScalarType::Half;
+    case DType::kFloat64:
+      return ScalarType::Double;
+    case DType::kFloat32:
+      break;
+  }
+  return ScalarType::Float;
+}
+
+ScalarType weight_type(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+
+void Argument::fail(const std::string& expectation, const std::string& got, std::string_view hint) const {
+  throw std::runtime_error(message(op_, name_, expectation, got, hint));
+}
+
+const Argument& Argument::rank(int64_t rank, std::string_view legend) const {
+  if (tensor_.dim() == rank) return *this;
+  fail("have " + std::to_string(rank) + " dimensions " + std::string(legend), "shape " + to_text(shape_of(tensor_)));
+}
+
+const Argument& Argument::shape(std::initializer_list<int64_t> expected, std::string_view legend) const {
+  const auto got = shape_of(tensor_);
+  if (std::ranges::equal(got, expected)) return *this;
+  fail("have shape " + to_text({expected.begin(), expected.size()}) + " = " + std::string(legend), to_text(got));
+}
+
+const Argument& Argument::floating() const {
+  switch (tensor_.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return *this;
+    default:
+      fail("be float32, bfloat16, float16 or float64", type_name(tensor_.scalar_type()).name, "call .float()");
+  }
+}
+
+const Argument& Argument::type(ScalarType expected) const {
+  if (tensor_.scalar_type() == expected) return *this;
+  const TypeName name = type_name(expected);
+  fail(std::string("be ") + name.name, type_name(tensor_.scalar_type()).name, name.conversion);
+}
+
+DType Argument::dtype() const {
+  switch (tensor_.scalar_type()) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+Argument Op::argument(std::string_view name, const Tensor& tensor) const {
+  const std::string expected = device_name(first_), got = device_name(tensor);
+  if (got != expected) fail(name, "be on " + expected + " like the other tensors", got, "call .to('" + expected + "')");
+  return {name_, name, tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor)};
+}
+
+Tensor Op::empty(std::initializer_list<int64_t> shape, ScalarType type) const {
+  return torch::stable::new_empty(first_, {shape.begin(), shape.size()}, type);
+}
+
+void Op::fail(std::string_view argument, const std::string& expectation, const std::string& got,
+              std::string_view hint) const {
+  throw std::runtime_error(message(name_, argument, expectation, got, hint));
+}
+
+void Op::at_least(std::string_view argument, int64_t value, int64_t least) const {
+  if (value < least) fail(argument, "be at least " + std::to_string(least), std::to_string(value));
+}
+
+}  // namespace moe

@@ -1,0 +1,61 @@
+// Registers every operator for the CPU. What an operator checks and allocates is the same on every device and lives in
+// ops/<stage>.h; this file only says which function runs.
+#include <torch/csrc/stable/library.h>
+
+#include "ops/activation.h"
+#include "ops/combine.h"
+#include "ops/experts.h"
+#include "ops/grouped_gemm.h"
+#include "ops/permute.h"
+#include "ops/plan.h"
+#include "ops/route.h"
+
+namespace moe {
+namespace {
+
+// torch's intra-op threads. A task does not throw, so neither call fails.
+constexpr ThreadPool kTorchPool{
+    .num_threads =
+        [] {
+          uint32_t threads = 1;
+          torch_get_num_threads(&threads);
+          return static_cast<int>(threads);
+        },
+    .run = [](int64_t count, void (*task)(int64_t, int64_t, void*),
+              void* context) { torch_parallel_for(0, count, 1, task, context); },
+};
+
+struct Cpu {
+  static Status run(const RouteArgs& args) { return route_cpu(args, kTorchPool); }
+  static Status run(const RouteBackwardArgs& args) { return route_backward_cpu(args, kTorchPool); }
+  static Status run(const PlanArgs& args) { return plan_cpu(args, kTorchPool); }
+  static Status run(const PermuteArgs& args) { return permute_cpu(args, kTorchPool); }
+  static Status run(const GroupedGemmArgs& args) { return grouped_gemm_cpu(args, kTorchPool); }
+  static Status run(const GroupedGemmWgradArgs& args) { return grouped_gemm_wgrad_cpu(args, kTorchPool); }
+  static Status run(const GroupedGemmBgradArgs& args) { return grouped_gemm_bgrad_cpu(args, kTorchPool); }
+  static Status run(const ActivationArgs& args) { return activation_cpu(args, kTorchPool); }
+  static Status run(const ActivationBackwardArgs& args) { return activation_backward_cpu(args, kTorchPool); }
+  static Status run(const CombineArgs& args) { return combine_cpu(args, kTorchPool); }
+  static Status run(const CombineBackwardArgs& args) { return combine_backward_cpu(args, kTorchPool); }
+  static Status run(const ExpertsArgs& args) { return experts_cpu(args, kTorchPool); }
+  static Status run(const ExpertsBackwardArgs& args) { return experts_backward_cpu(args, kTorchPool); }
+};
+
+STABLE_TORCH_LIBRARY_IMPL(moe, CPU, m) {
+  m.impl("route", TORCH_BOX(&route<Cpu>));
+  m.impl("route_backward", TORCH_BOX(&route_backward<Cpu>));
+  m.impl("plan", TORCH_BOX(&plan<Cpu>));
+  m.impl("permute", TORCH_BOX(&permute<Cpu>));
+  m.impl("grouped_gemm", TORCH_BOX(&grouped_gemm<Cpu>));
+  m.impl("grouped_gemm_wgrad", TORCH_BOX(&grouped_gemm_wgrad<Cpu>));
+  m.impl("grouped_gemm_bgrad", TORCH_BOX(&grouped_gemm_bgrad<Cpu>));
+  m.impl("activation", TORCH_BOX(&activation<Cpu>));
+  m.impl("activation_backward", TORCH_BOX(&activation_backward<Cpu>));
+  m.impl("combine", TORCH_BOX(&combine<Cpu>));
+  m.impl("combine_backward", TORCH_BOX(&combine_backward<Cpu>));
+  m.impl("experts", TORCH_BOX(&experts<Cpu>));
+  m.impl("experts_backward", TORCH_BOX(&experts_backward<Cpu>));
+}
+
+}  // namespace
+}  // namespace moe
