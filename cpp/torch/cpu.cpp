@@ -9,21 +9,10 @@
 #include "ops/permute.h"
 #include "ops/plan.h"
 #include "ops/route.h"
+#include "thread_pool.h"
 
 namespace moe {
 namespace {
-
-// torch's intra-op threads. A task does not throw, so neither call fails.
-constexpr ThreadPool kTorchPool{
-    .num_threads =
-        [] {
-          uint32_t threads = 1;
-          torch_get_num_threads(&threads);
-          return static_cast<int>(threads);
-        },
-    .run = [](int64_t count, void (*task)(int64_t, int64_t, void*),
-              void* context) { torch_parallel_for(0, count, 1, task, context); },
-};
 
 struct Cpu {
   static Status run(const RouteArgs& args) { return route_cpu(args, kTorchPool); }

@@ -4,7 +4,11 @@
 // every schema and kernel with torch's dispatcher (library.cpp, cpu*.cpp); they are called as torch.ops.moe.*.
 // pybind11 is for what an operator cannot be, because it takes and returns no tensor: facts about the build.
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/ops.h>
+#include <pybind11/stl.h>
+
+#include "moe/floor.h"
+#include "moe/isa.h"
+#include "thread_pool.h"
 
 namespace py = pybind11;
 
@@ -21,10 +25,47 @@ py::dict build_info() {
   return info;
 }
 
+void set_isa(const std::string& name) {
+  if (moe::set_isa(name)) return;
+  std::string available;
+  for (const std::string_view isa : moe::available_isas()) available.append(available.empty() ? "" : ", ").append(isa);
+  throw py::value_error("set_isa: name must be one of " + available + ", got '" + name + "'");
+}
+
+moe::WeightLayout parse_weight_layout(const std::string& name) {
+  if (name == "out_in") return moe::WeightLayout::kOutIn;
+  if (name == "in_out") return moe::WeightLayout::kInOut;
+  throw py::value_error("kernel: weight_layout must be out_in or in_out, got '" + name + "'");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Loads the operators torch.ops.moe.* and tells how they were built.";
   m.def("build_info", &build_info, "Facts about this build: version, compiler, build type, processor, oldest torch.");
   m.def("num_threads", &torch::stable::get_num_threads, "Threads that an operator uses: torch.get_num_threads().");
+  m.def("isa", &moe::isa_name, "The instruction set in use: MOE_ISA, or the best that the processor has.");
+  m.def("available_isas", &moe::available_isas,
+        "The instruction sets that this build and this processor have, best first.");
+  m.def("set_isa", &set_isa, py::arg("name"), "Uses another instruction set from now on: for tests.");
+  m.def(
+      "kernel",
+      [](int64_t rows, const std::string& weight_layout) {
+        return moe::gemm_kernel_name(parse_weight_layout(weight_layout), rows);
+      },
+      py::arg("rows"), py::arg("weight_layout"), "The GEMM kernel that an expert with this many rows takes.");
+  m.def(
+      "fma_rate",
+      [](bool fp64, double seconds) {
+        return moe::fma_rate_cpu(fp64 ? moe::DType::kFloat64 : moe::DType::kFloat32, seconds, moe::kTorchPool) / 1e9;
+      },
+      py::arg("fp64") = false, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
+      "GFLOP/s of fused multiply-adds on registers, on all threads.");
+  m.def(
+      "read_bandwidth",
+      [](int64_t mebibytes, double seconds) {
+        return moe::read_bandwidth_cpu(mebibytes << 20, seconds, moe::kTorchPool) / 1e9;
+      },
+      py::arg("mebibytes") = 512, py::arg("seconds") = 0.5, py::call_guard<py::gil_scoped_release>(),
+      "GB/s of reading memory, eight streams per thread, on all threads.");
 }

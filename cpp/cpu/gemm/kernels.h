@@ -1,0 +1,73 @@
+// What one instruction set offers to the operators: one table of functions per storage type. The rows of the table,
+// best first, are in kernels.inc; dispatch.cpp picks the first that the processor has.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "convert.h"
+#include "moe/activation.h"
+
+namespace moe {
+
+// Sizes of a micro-kernel's tile that callers lay out memory by.
+inline constexpr int64_t kMaxTileRows = 8;     // rows of p in `outer`, columns in `dot`
+inline constexpr int64_t kMaxTileVectors = 4;  // width of q in `outer`, in vectors
+
+inline constexpr int64_t kMaxDotRows = 4;  // rows of a in `dot`
+
+// Storage is float, BFloat16, Float16 or double; the arithmetic is in Real: double for double, else float.
+// "Rows" arguments are arrays of pointers: gathering costs nothing. No alignment is required of anything.
+template <typename Storage>
+struct Kernels {
+  using Real = Wide<Storage>;
+
+  int lanes;                     // Real values per vector
+  int accumulators;              // vectors of a tile that fit in registers: rows * vectors <= accumulators
+  int tile_vectors;              // widest tile of `outer`, in vectors
+  int dot_columns[kMaxDotRows];  // how many columns a tile of `dot` with 1, 2, .. rows has
+
+  int64_t panel() const { return int64_t{tile_vectors} * lanes; }
+  int64_t tile_rows(int64_t vectors) const { return std::min(kMaxTileRows, accumulators / vectors); }
+
+  // c[i, j] (+)= sum over x < k of p[i][x] * q[x, j], for i < rows and j < vectors * lanes; q has vectors * lanes
+  // columns.
+  void (*outer)(int rows, int vectors, const Real* const* p, const Real* q, int64_t k, Real* c, int64_t ldc,
+                bool accumulate);
+  // c[i, j] (+)= <a[i], w[j]> over k elements, for i < rows and j < columns <= dot_columns[rows - 1].
+  void (*dot)(int rows, int columns, const Real* const* a, const Storage* const* w, int64_t k, Real* c, int64_t ldc,
+              bool accumulate);
+
+  // q[x, i] = rows[i][x] for x < k and i < m; columns m .. width of q are zero.
+  void (*pack_transposed)(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Real* q);
+  // q[x, j] = rows[x][j] for x < k and j < n; columns n .. width of q are zero.
+  void (*pack)(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Real* q);
+  // dst[j, i] = src[i, j] for i < rows and j < columns.
+  void (*transpose)(const Real* src, int64_t ld_src, int64_t rows, int64_t columns, Real* dst, int64_t ld_dst);
+
+  void (*widen_row)(const Storage* src, int64_t n, Real* dst);
+  void (*narrow_row)(const Real* src, int64_t n, Storage* dst);
+  // y += s * x
+  void (*axpy)(Real s, const Real* x, int64_t n, Real* y);
+  Real (*dot_row)(const Real* x, const Real* y, int64_t n);
+  // out = act(gate, up); `up` is not read unless the activation is gated.
+  void (*activate)(const ActivationOptions& options, const Real* gate, const Real* up, int64_t n, Real* out);
+  // grad_gate, grad_up = d act(gate, up) * grad_out
+  void (*activate_backward)(const ActivationOptions& options, const Real* grad_out, const Real* gate, const Real* up,
+                            int64_t n, Real* grad_gate, Real* grad_up);
+
+  // x *= s
+  void (*scale)(Real s, int64_t n, Real* x);
+
+  // For the machine's floor. `repeats` rounds of independent FMAs, one per accumulator; returns how many numbers'
+  // worth.
+  int64_t (*fma_rounds)(int64_t repeats, Real* sink);
+  // The sum of kMaxTileRows runs of n numbers each, read side by side.
+  Real (*read_streams)(const Real* data, int64_t n);
+};
+
+// The table of the instruction set in use (moe/isa.h).
+template <typename Storage>
+const Kernels<Storage>& kernels();
+
+}  // namespace moe

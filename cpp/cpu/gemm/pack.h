@@ -1,0 +1,84 @@
+// Packing: rows, gathered by pointer, into the panels that `outer` reads, widened on the way.
+#pragma once
+
+#include <algorithm>
+
+#include "gemm/kernels.h"
+#include "gemm/simd.h"
+
+namespace moe::MOE_ISA {
+
+template <typename Real, int Width = 1>
+inline void transpose_square(Vec<Real> (&v)[kLanes<Real>]) {
+  constexpr int n = kLanes<Real>;
+  if constexpr (Width < n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if ((i & Width) == 0) swap_blocks<Real, Width>(v[i], v[i + Width], std::make_integer_sequence<int, n>{});
+    }
+    transpose_square<Real, 2 * Width>(v);
+  }
+}
+
+// q[x, i] = rows[i][x]; columns m .. width - 1 are zero. `width` is a multiple of kLanes.
+template <typename Storage>
+void pack_transposed(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Wide<Storage>* q) {
+  using Real = Wide<Storage>;
+  constexpr int n = kLanes<Real>;
+  for (int64_t i0 = 0; i0 < width; i0 += n) {
+    const int64_t used = std::clamp<int64_t>(m - i0, 0, n);
+    for (int64_t x = 0; x < k; x += n) {
+      const int64_t rest = std::min<int64_t>(k - x, n);
+      Vec<Real> square[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        square[i] = i >= used ? Vec<Real>{} : rest == n ? load(rows[i0 + i] + x) : load_first(rows[i0 + i] + x, rest);
+      }
+      transpose_square<Real>(square);
+      if (rest == n) {
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) store(q + (x + i) * width + i0, square[i]);
+      } else {
+        for (int64_t i = 0; i < rest; ++i) store(q + (x + i) * width + i0, square[i]);
+      }
+    }
+  }
+}
+
+// q[x, j] = rows[x][j]; columns n .. width - 1 are zero. `width` is a multiple of kLanes.
+template <typename Storage>
+void pack(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Wide<Storage>* q) {
+  using Real = Wide<Storage>;
+  for (int64_t x = 0; x < k; ++x, q += width) {
+    int64_t j = 0;
+    for (; j + kLanes<Real> <= n; j += kLanes<Real>) store(q + j, load(rows[x] + j));
+    if (j < n) store(q + j, load_first(rows[x] + j, n - j)), j += kLanes<Real>;
+    for (; j < width; j += kLanes<Real>) store(q + j, Vec<Real>{});
+  }
+}
+
+// dst[j, i] = src[i, j].
+template <typename Real>
+void transpose(const Real* src, int64_t ld_src, int64_t rows, int64_t columns, Real* dst, int64_t ld_dst) {
+  constexpr int n = kLanes<Real>;
+  for (int64_t i = 0; i < rows; i += n) {
+    const int64_t high = std::min<int64_t>(rows - i, n);
+    for (int64_t j = 0; j < columns; j += n) {
+      const int64_t wide = std::min<int64_t>(columns - j, n);
+      if (high < n || wide < n) {
+        for (int64_t a = 0; a < high; ++a) {
+          for (int64_t b = 0; b < wide; ++b) dst[(j + b) * ld_dst + i + a] = src[(i + a) * ld_src + j + b];
+        }
+        continue;
+      }
+      Vec<Real> square[n];
+#pragma GCC unroll 16
+      for (int a = 0; a < n; ++a) square[a] = load(src + (i + a) * ld_src + j);
+      transpose_square<Real>(square);
+#pragma GCC unroll 16
+      for (int b = 0; b < n; ++b) store(dst + (j + b) * ld_dst + i, square[b]);
+    }
+  }
+}
+
+}  // namespace moe::MOE_ISA

@@ -1,0 +1,142 @@
+// The vector type of one instruction set, for gemm/<isa>.cpp only, which defines
+//   MOE_ISA            the namespace and name of the instruction set
+//   MOE_VECTOR_BYTES   the width of its vectors
+//   MOE_ACCUMULATORS   how many vectors a tile may keep in registers
+//   MOE_TILE_VECTORS   how many vectors wide a tile is at most
+// Written on the compiler's vector extension, so that one source serves every instruction set. Everything lives in
+// namespace moe::MOE_ISA: the same templates, compiled with other flags, must be other symbols.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "convert.h"
+
+namespace moe::MOE_ISA {
+
+// Real is the type of the arithmetic: double for double, float for every other storage type.
+template <typename Real>
+struct VectorOf {
+  static constexpr int kLanes = MOE_VECTOR_BYTES / sizeof(Real);
+  typedef Real Type __attribute__((vector_size(MOE_VECTOR_BYTES)));
+  typedef Real Unaligned __attribute__((vector_size(MOE_VECTOR_BYTES), aligned(alignof(Real)), may_alias));
+};
+template <typename Real>
+using Vec = typename VectorOf<Real>::Type;
+template <typename Real>
+inline constexpr int kLanes = VectorOf<Real>::kLanes;
+
+typedef int32_t Int __attribute__((vector_size(MOE_VECTOR_BYTES)));
+typedef uint32_t UInt __attribute__((vector_size(MOE_VECTOR_BYTES)));
+typedef uint16_t Half __attribute__((vector_size(MOE_VECTOR_BYTES / 2)));
+typedef uint16_t HalfUnaligned __attribute__((vector_size(MOE_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+template <typename Real>
+inline Vec<Real> broadcast(Real x) {
+  return x - Vec<Real>{};
+}
+
+inline Vec<float> load(const float* p) { return *reinterpret_cast<const VectorOf<float>::Unaligned*>(p); }
+inline Vec<double> load(const double* p) { return *reinterpret_cast<const VectorOf<double>::Unaligned*>(p); }
+
+inline Vec<float> load(const BFloat16* p) {
+  const Half half = *reinterpret_cast<const HalfUnaligned*>(p);
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(half, UInt) << 16);
+}
+
+inline Vec<float> load(const Float16* p) {
+#if MOE_VECTOR_BYTES == 64
+  // maskz, because the unmasked intrinsic warns of an uninitialised value in GCC 12.
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, half));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec<float> out;
+  for (int i = 0; i < kLanes<float>; ++i) out[i] = widen(p[i]);
+  return out;
+#endif
+}
+
+inline void store(float* p, Vec<float> x) { *reinterpret_cast<VectorOf<float>::Unaligned*>(p) = x; }
+inline void store(double* p, Vec<double> x) { *reinterpret_cast<VectorOf<double>::Unaligned*>(p) = x; }
+
+// Round to nearest, ties to even; NaN stays a (quiet) NaN.
+inline void store(BFloat16* p, Vec<float> x) {
+  const UInt bits = reinterpret_cast<UInt>(x);
+  const UInt rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const UInt is_nan = reinterpret_cast<UInt>(x != x);
+  const UInt result = (is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded);
+  *reinterpret_cast<HalfUnaligned*>(p) = __builtin_convertvector(result, Half);
+}
+
+inline void store(Float16* p, Vec<float> x) {
+#if MOE_VECTOR_BYTES == 64
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+#elif defined(__F16C__)
+  const __m128i half = _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = narrow<Float16>(x[i]);
+#endif
+}
+
+// The first n lanes, n < kLanes: the other lanes read as zero and are not written.
+template <typename Storage>
+inline Vec<Wide<Storage>> load_first(const Storage* p, int64_t n) {
+  alignas(MOE_VECTOR_BYTES) Storage lanes[kLanes<Wide<Storage>>] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(Storage));
+  return load(lanes);
+}
+template <typename Storage>
+inline void store_first(Storage* p, Vec<Wide<Storage>> x, int64_t n) {
+  alignas(MOE_VECTOR_BYTES) Storage lanes[kLanes<Wide<Storage>>];
+  store(lanes, x);
+  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(Storage));
+}
+
+// Calls fn(load, store) for each vector of [0, n), the last one partial, so that fn is written once for whole vectors:
+//   for_vectors<float>(n, [&](auto load, auto store) { store(y, f(load(x))); })
+template <typename Real, typename Fn>
+inline void for_vectors(int64_t n, const Fn& fn) {
+  int64_t i = 0;
+  for (; i + kLanes<Real> <= n; i += kLanes<Real>) {
+    fn([i](const auto* p) { return load(p + i); }, [i](auto* p, Vec<Real> x) { store(p + i, x); });
+  }
+  if (const int64_t rest = n - i; rest > 0) {
+    fn([i, rest](const auto* p) { return load_first(p + i, rest); },
+       [i, rest](auto* p, Vec<Real> x) { store_first(p + i, x, rest); });
+  }
+}
+
+// Swaps the blocks of Width lanes that face each other across the diagonal of the pair (a, b): one step of a transpose.
+// Lane i of the results is numbered among the 2n lanes of (a, b).
+template <typename Real, int Width, int... I>
+inline void swap_blocks(Vec<Real>& a, Vec<Real>& b, std::integer_sequence<int, I...>) {
+  constexpr int n = kLanes<Real>;
+  const Vec<Real> low = __builtin_shufflevector(a, b, ((I & Width) ? n + I - Width : I)...);
+  const Vec<Real> high = __builtin_shufflevector(a, b, ((I & Width) ? n + I : I + Width)...);
+  a = low;
+  b = high;
+}
+
+// Lane i of v[0] becomes the sum of the lanes of v[i]: a transpose that adds as it goes. The order is fixed: pairwise.
+template <typename Real, int Width = 1>
+inline void sum_lanes(Vec<Real> (&v)[kLanes<Real>]) {
+  constexpr int n = kLanes<Real>;
+  if constexpr (Width < n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i += 2 * Width) {
+      swap_blocks<Real, Width>(v[i], v[i + Width], std::make_integer_sequence<int, n>{});
+      v[i] += v[i + Width];
+    }
+    sum_lanes<Real, 2 * Width>(v);
+  }
+}
+
+}  // namespace moe::MOE_ISA

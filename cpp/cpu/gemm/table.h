@@ -1,0 +1,44 @@
+// Builds the tables of one instruction set from the templates beside this file.
+#pragma once
+
+#include "gemm/activate.h"
+#include "gemm/dot.h"
+#include "gemm/kernels.h"
+#include "gemm/outer.h"
+#include "gemm/pack.h"
+#include "gemm/rows.h"
+
+namespace moe::MOE_ISA {
+
+template <typename Storage>
+const Kernels<Storage>& table() {
+  using Real = Wide<Storage>;
+  static constexpr Kernels<Storage> kTable = {
+      .lanes = kLanes<Real>,
+      .accumulators = MOE_ACCUMULATORS,
+      .tile_vectors = MOE_TILE_VECTORS,
+      .dot_columns = {kDotColumns<1>, kDotColumns<2>, kDotColumns<3>, kDotColumns<4>},
+      .outer = outer<Real>,
+      .dot = dot<Storage>,
+      .pack_transposed = pack_transposed<Storage>,
+      .pack = pack<Storage>,
+      .transpose = transpose<Real>,
+      .widen_row = widen_row<Storage>,
+      .narrow_row = narrow_row<Storage>,
+      .axpy = axpy<Real>,
+      .dot_row = dot_row<Real>,
+      .activate = activate<Real>,
+      .activate_backward = activate_backward<Real>,
+      .scale = scale<Real>,
+      .fma_rounds = fma_rounds<Real>,
+      .read_streams = read_streams<Real>,
+  };
+  return kTable;
+}
+
+template const Kernels<float>& table<float>();
+template const Kernels<BFloat16>& table<BFloat16>();
+template const Kernels<Float16>& table<Float16>();
+template const Kernels<double>& table<double>();
+
+}  // namespace moe::MOE_ISA

@@ -1,0 +1,117 @@
+// A grouped GEMM whose rows are summed back to their tokens:  output[t] = sum over the rows r of t of s_r (W_e a_r +
+// b_e).
+//
+// A unit is a run of output columns, for all experts and all tokens: its thread is the only writer of those columns and
+// adds the experts in ascending order, so no atomics are needed, nothing of size R x H is stored, and the sum's order
+// is fixed.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "experts.h"
+#include "units.h"
+
+namespace moe {
+
+template <typename Storage>
+struct TokenReduction {
+  using Real = Wide<Storage>;
+  Storage* output;                                                    // [T, H]
+  const Storage* const* rows;                                         // [R] rows of width k
+  Weight<Storage> (Experts<Storage>::*weight)(int64_t expert) const;  // n = H
+  bool transpose_weight;                                              // dgrad
+  const Storage* bias;                                                // [E, H], or null
+  bool weighted;                                                      // by the routing weight of the row; else s_r = 1
+  int64_t k;
+};
+
+template <typename Storage>
+class TokenReducer {
+  using Real = Wide<Storage>;
+
+ public:
+  // Columns of a unit: as many units as feed every thread evenly, few enough that packing a row is worth it, and a sum
+  // for all tokens that stays in kSumBytes.
+  static int64_t columns_per_unit(const Experts<Storage>& experts, int threads) {
+    const int64_t hidden = experts.hidden;
+    const int64_t units = ceil_div(ceil_div(hidden, kMostColumns), threads) * threads;
+    const int64_t tokens = std::max<int64_t>(experts.layer.plan.num_tokens, 1);
+    const int64_t fit = kSumBytes / (tokens * static_cast<int64_t>(sizeof(Real))) / kGrain * kGrain;
+    return std::clamp(ceil_div(ceil_div(hidden, units), kGrain) * kGrain, kGrain, std::max(fit, kGrain));
+  }
+
+  static size_t scratch_bytes(const Experts<Storage>& experts, int64_t columns, int64_t max_rows, int64_t k) {
+    return BlockGemm<Storage>::scratch_bytes(experts.table, max_rows, k, columns) +
+           Arena::size_of_block<Real>(max_rows * columns) + Arena::size_of_block<Real>(columns) +
+           Arena::size_of_block<Real>(experts.layer.plan.num_tokens * columns);
+  }
+
+  TokenReducer(const Experts<Storage>& experts, const TokenReduction<Storage>& args, int64_t columns, int64_t max_rows,
+               Arena& arena)
+      : experts_(experts),
+        args_(args),
+        columns_(columns),
+        max_rows_(max_rows),
+        gemm_(experts.table, arena, max_rows, args.k, columns) {
+    c_ = arena.take<Real>(max_rows * columns);
+    bias_ = arena.take<Real>(columns);
+    sum_ = arena.take<Real>(experts.layer.plan.num_tokens * columns);
+  }
+
+  void run(int64_t unit) {
+    const int64_t begin = unit * columns_, count = std::min(columns_, experts_.hidden - begin);
+    const int64_t tokens = experts_.layer.plan.num_tokens;
+    std::fill_n(sum_, tokens * columns_, Real(0));
+    for (int64_t e = 0; e < experts_.layer.plan.num_experts; ++e) {
+      const int64_t first = experts_.offsets[e], rows = experts_.offsets[e + 1] - first;
+      const int64_t pieces = ceil_div(rows, max_rows_);
+      for (int64_t p = 0; p < pieces; ++p) {
+        const int64_t from = first + rows * p / pieces, to = first + rows * (p + 1) / pieces;
+        add_rows(e, from, to - from, begin, count);
+      }
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      experts_.table.narrow_row(sum_ + t * columns_, count, args_.output + t * experts_.hidden + begin);
+    }
+  }
+
+ private:
+  static constexpr int64_t kMostColumns = 256, kGrain = Columns::kPadding;
+  static constexpr int64_t kSumBytes = 4 << 20;
+
+  void add_rows(int64_t expert, int64_t first, int64_t rows, int64_t begin, int64_t count) {
+    Weight<Storage> weight = (experts_.*args_.weight)(expert);
+    if (args_.transpose_weight) weight = transposed(weight);
+    gemm_.load_rows(args_.rows + first, rows, args_.k, choose_gemm(weight.layout, rows));
+    gemm_.multiply(weight, Columns{{begin, 0}, count, 1}, c_, columns_);
+    if (args_.bias != nullptr) {
+      experts_.table.widen_row(args_.bias + expert * experts_.hidden + begin, count, bias_);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t token = experts_.token_of_row[first + i];
+      if (token < 0) continue;
+      Real* row = c_ + i * columns_;
+      if (args_.bias != nullptr) experts_.table.axpy(Real(1), bias_, count, row);
+      const Real s = args_.weighted ? experts_.weight_of_row[first + i] : Real(1);
+      experts_.table.axpy(s, row, count, sum_ + token * columns_);
+    }
+  }
+
+  const Experts<Storage>& experts_;
+  const TokenReduction<Storage>& args_;
+  int64_t columns_, max_rows_;
+  BlockGemm<Storage> gemm_;
+  Real *c_, *bias_, *sum_;
+};
+
+template <typename Storage>
+bool reduce_to_tokens(const Experts<Storage>& experts, const TokenReduction<Storage>& args, const ThreadPool& pool) {
+  const int64_t columns = TokenReducer<Storage>::columns_per_unit(experts, std::max(pool.num_threads(), 1));
+  const int64_t max_rows = BlockGemm<Storage>::max_rows(experts.table, args.k);
+  return run_units(pool, ceil_div(experts.hidden, columns),
+                   TokenReducer<Storage>::scratch_bytes(experts, columns, max_rows, args.k),
+                   [&](Arena& arena) { return TokenReducer<Storage>(experts, args, columns, max_rows, arena); });
+}
+
+}  // namespace moe

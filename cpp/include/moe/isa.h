@@ -1,0 +1,21 @@
+// isa: which instruction set and which kernel the CPU operators run on. The choice is made once, when the library is
+// loaded: MOE_ISA in the environment, else the best that the processor has.
+#pragma once
+
+#include <string_view>
+#include <vector>
+
+#include "moe/grouped_gemm.h"
+
+namespace moe {
+
+std::string_view isa_name();
+// Every instruction set that was compiled and that the processor has, best first.
+std::vector<std::string_view> available_isas();
+// For tests: false, and nothing changes, when there is no such instruction set here.
+bool set_isa(std::string_view name);
+
+// How a grouped GEMM treats an expert with this many rows.
+std::string_view gemm_kernel_name(WeightLayout layout, int64_t rows);
+
+}  // namespace moe
