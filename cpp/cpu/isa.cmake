@@ -15,7 +15,8 @@ set(MOE_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
 # Flags of every kernel: what vectorisation needs and IEEE semantics can spare. NaN, infinity and the order of sums stay
 # as written: results are bitwise reproducible.
 function(moe_kernel_options target)
-  target_compile_options(${target} PRIVATE -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast)
+  target_compile_options(${target} PRIVATE $<IF:$<BOOL:${MOE_ASAN}>,-O1,-O3> -fno-math-errno -fno-trapping-math
+                                           -ffp-contract=fast)
 endfunction()
 
 # Compiles cpp/cpu/gemm/<isa>.cpp into `target` for each instruction set of this architecture.

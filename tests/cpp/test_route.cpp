@@ -1,0 +1,219 @@
+#include "moe/route.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "support.h"
+
+namespace moe::test {
+namespace {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN(), kInf = std::numeric_limits<double>::infinity();
+constexpr RouteOptions kSwitchDefault{ScoreFunction::kSoftmax, ScoreOrder::kScoreThenTopK, true, 1.0, 1, 1, false};
+
+std::vector<double> scores(ScoreFunction function, const std::vector<double>& z) {
+  std::vector<double> v(z.size());
+  const double largest = *std::ranges::max_element(z);
+  for (size_t i = 0; i < z.size(); ++i) {
+    v[i] = function == ScoreFunction::kSoftmax ? std::exp(z[i] - largest) : 1 / (1 + std::exp(-z[i]));
+  }
+  if (function == ScoreFunction::kSoftmax) {
+    const double sum = std::accumulate(v.begin(), v.end(), 0.0);
+    for (double& x : v) x /= sum;
+  }
+  return v;
+}
+
+std::vector<double> pick(const std::vector<double>& values, const std::vector<int32_t>& ids) {
+  std::vector<double> result;
+  for (const int32_t id : ids) result.push_back(values[id]);
+  return result;
+}
+
+// The weights of given experts.
+std::vector<double> weights_of(const RouteOptions& o, const std::vector<double>& z, const std::vector<int32_t>& ids) {
+  std::vector<double> w = o.score_order == ScoreOrder::kScoreThenTopK ? pick(scores(o.score_function, z), ids)
+                                                                      : scores(o.score_function, pick(z, ids));
+  const double sum = o.renormalize ? std::accumulate(w.begin(), w.end(), 0.0) + kRenormalizeEps : 1;
+  for (double& x : w) x *= o.routed_scaling_factor / sum;
+  return w;
+}
+
+std::vector<int32_t> best(const std::vector<double>& c, int64_t k) {
+  std::vector<int32_t> order(c.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::stable_sort(order, [&](int32_t a, int32_t b) { return c[a] > c[b]; });
+  order.resize(k);
+  return order;
+}
+
+// The experts chosen for finite logits.
+std::vector<int32_t> choose(const RouteOptions& o, const std::vector<double>& z, const std::vector<double>& bias,
+                            int64_t top_k) {
+  const bool steered = !bias.empty() || o.num_groups > 1;
+  std::vector<double> c = steered && o.score_order == ScoreOrder::kScoreThenTopK ? scores(o.score_function, z) : z;
+  for (size_t e = 0; e < bias.size(); ++e) c[e] += bias[e];
+  if (o.num_groups > 1) {
+    const size_t size = c.size() / o.num_groups;
+    std::vector<double> group_scores;
+    for (size_t g = 0; g < c.size(); g += size) {
+      std::vector<double> sorted(c.begin() + g, c.begin() + g + size);
+      std::ranges::sort(sorted, std::greater());
+      group_scores.push_back(sorted[0] + (size > 1 ? sorted[1] : 0));
+    }
+    const auto kept = best(group_scores, o.topk_groups);
+    for (size_t e = 0; e < c.size(); ++e) {
+      if (std::ranges::find(kept, static_cast<int32_t>(e / size)) == kept.end()) c[e] = -kInf;
+    }
+  }
+  return best(c, top_k);
+}
+
+template <typename T>
+struct Routed {
+  std::vector<Wide<T>> weights;
+  std::vector<int32_t> ids;
+};
+
+template <typename T>
+Routed<T> run_route(const std::vector<T>& logits, const std::vector<Wide<T>>& bias, int64_t num_experts, int64_t top_k,
+                    const RouteOptions& o, Status expected = Status::kOk) {
+  const int64_t num_tokens = static_cast<int64_t>(logits.size()) / num_experts;
+  const auto [weights, ids] = run_on_pools([&](const ThreadPool& pool) {
+    auto weights = unwritten<Wide<T>>(num_tokens * top_k);
+    auto ids = unwritten<int32_t>(num_tokens * top_k);
+    CHECK(route_cpu({weights.data(), ids.data(), logits.data(), bias.empty() ? nullptr : bias.data(), num_tokens,
+                     num_experts, top_k, kDType<T>, o},
+                    pool) == expected);
+    return std::tuple(weights, ids);
+  });
+  return {weights, ids};
+}
+
+template <typename T>
+void check_route(int64_t num_tokens, int64_t num_experts, int64_t top_k, const RouteOptions& o, bool biased) {
+  const auto logits = random_values<T>(num_tokens * num_experts, 1, 2);
+  const auto bias = random_values<Wide<T>>(biased ? num_experts : 0, 2, 0.1);
+  const auto routed = run_route<T>(logits, bias, num_experts, top_k, o);
+  const auto z = to_double(logits), b = to_double(bias);
+  const auto grad = random_values<Wide<T>>(num_tokens * top_k, 3);
+  const auto [grad_logits] = run_on_pools([&](const ThreadPool& pool) {
+    auto grad_logits = unwritten<T>(num_tokens * num_experts);
+    CHECK(route_backward_cpu({grad_logits.data(), grad.data(), logits.data(), routed.ids.data(), num_tokens,
+                              num_experts, top_k, kDType<T>, o},
+                             pool) == Status::kOk);
+    return std::tuple(grad_logits);
+  });
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    std::vector<double> row(z.begin() + t * num_experts, z.begin() + (t + 1) * num_experts);
+    const std::vector<int32_t> ids(routed.ids.begin() + t * top_k, routed.ids.begin() + (t + 1) * top_k);
+    CHECK(ids == choose(o, row, b, top_k));
+    const auto w = weights_of(o, row, ids);
+    for (int64_t j = 0; j < top_k; ++j) {
+      CHECK(std::abs(routed.weights[t * top_k + j] - w[j]) <= 64 * kEps<Wide<T>> * o.routed_scaling_factor);
+    }
+    if (num_experts > 64) continue;  // central differences cost E per logit
+    for (int64_t e = 0; e < num_experts; ++e) {
+      constexpr double kStep = 0x1p-16;
+      std::vector<double> above = row, below = row;
+      above[e] += kStep;
+      below[e] -= kStep;
+      const auto high = weights_of(o, above, ids), low = weights_of(o, below, ids);
+      double expected = 0, magnitude = 1;
+      for (int64_t j = 0; j < top_k; ++j) {
+        expected += grad[t * top_k + j] * (high[j] - low[j]) / (2 * kStep);
+        magnitude += std::abs(grad[t * top_k + j]) * o.routed_scaling_factor;
+      }
+      CHECK(std::abs(widen(grad_logits[t * num_experts + e]) - expected) <=
+            kEps<T> * std::abs(expected) + (64 * kEps<Wide<T>> + 1e-9) * magnitude + (sizeof(T) == 2 ? 0x1p-24 : 0));
+    }
+  }
+}
+
+TEST(route_of_every_kind) {
+  struct Size {
+    int64_t num_experts, top_k, num_groups, topk_groups;
+  };
+  for (const auto& [e, k, groups, kept] : {Size{8, 2, 1, 1},
+                                           {1, 1, 1, 1},
+                                           {33, 7, 1, 1},
+                                           {64, 20, 4, 2},
+                                           {24, 24, 1, 1},
+                                           {16, 3, 16, 4},
+                                           {2048, 8, 1, 1},
+                                           {256, 8, 8, 4},
+                                           {100, 17, 1, 1}}) {
+    for (const auto function : {ScoreFunction::kSoftmax, ScoreFunction::kSigmoid}) {
+      for (const auto order : {ScoreOrder::kScoreThenTopK, ScoreOrder::kTopKThenScore}) {
+        for (const bool renormalize : {false, true}) {
+          for (const bool biased : {false, true}) {
+            const Context c("E " + std::to_string(e) + " K " + std::to_string(k) +
+                            (function == ScoreFunction::kSoftmax ? " softmax" : " sigmoid") +
+                            (order == ScoreOrder::kScoreThenTopK ? " score-first" : " topk-first") +
+                            (renormalize ? " renormalized" : "") + (biased ? " biased" : ""));
+            const RouteOptions o{function, order, renormalize, 2.5, groups, kept, false};
+            for_each_type([&]<typename T>(std::type_identity<T>) { check_route<T>(5, e, k, o, biased); });
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(route_of_many_and_no_tokens) {
+  check_route<float>(3000, 8, 2, kSwitchDefault, false);
+  check_route<float>(0, 8, 2, kSwitchDefault, true);
+}
+
+TEST(route_ties_go_to_the_lower_id) {
+  for (const int64_t k : {1, 5, 40}) {
+    const auto routed = run_route<float>(std::vector<float>(40, 0.5f), {}, 40, k, kSwitchDefault);
+    for (int64_t j = 0; j < k; ++j) CHECK(routed.ids[j] == j);
+  }
+}
+
+// Whatever the logits, the ids are K distinct experts; NaN shows in the weights, and in checked mode as an error.
+TEST(route_of_nan_and_infinity) {
+  for (const int64_t k : {1, 2, 20, 32}) {
+    for (const int64_t groups : {1, 4}) {
+      for (const bool biased : {false, true}) {
+        std::vector<double> logits = random_values<double>(32 * 6, 4);
+        logits[3] = kNan;
+        for (int64_t e = 0; e < 32; ++e) logits[32 + e] = kNan;
+        for (int64_t e = 0; e < 32; ++e) logits[64 + e] = -kInf;
+        logits[96] = kInf;
+        for (int64_t e = 0; e < 16; ++e) logits[128 + 2 * e] = e % 2 ? kInf : kNan;
+        RouteOptions o = kSwitchDefault;
+        o.num_groups = o.topk_groups = groups;
+        const auto routed = run_route<double>(logits, std::vector<double>(biased ? 32 : 0, 0.25), 32, k, o);
+        for (int64_t t = 0; t < 6; ++t) {
+          std::vector<int32_t> ids(routed.ids.begin() + t * k, routed.ids.begin() + (t + 1) * k);
+          std::ranges::sort(ids);
+          CHECK(ids.front() >= 0 && ids.back() < 32 && std::ranges::adjacent_find(ids) == ids.end());
+        }
+        CHECK(std::isnan(routed.weights[0]) && std::isnan(routed.weights[k]));
+        o.check_finite = true;
+        run_route<double>(logits, {}, 32, k, o, Status::kNonFiniteLogits);
+        run_route<double>(std::vector<double>(64, 1e300), {}, 32, k, o, Status::kOk);
+      }
+    }
+  }
+}
+
+TEST(route_backward_ignores_ids_out_of_range) {
+  const std::vector<int32_t> ids{-1, 3, 900, std::numeric_limits<int32_t>::min(), 0, 3};  // more than E, repeated
+  const auto logits = random_values<double>(4, 1), grad = random_values<double>(6, 2);
+  for (const auto function : {ScoreFunction::kSoftmax, ScoreFunction::kSigmoid}) {
+    for (const auto order : {ScoreOrder::kScoreThenTopK, ScoreOrder::kTopKThenScore}) {
+      auto grad_logits = unwritten<double>(4);
+      const RouteOptions o{function, order, true, 1, 1, 1, false};
+      route_backward_cpu({grad_logits.data(), grad.data(), logits.data(), ids.data(), 1, 4, 6, DType::kFloat64, o},
+                         kPool<1>);
+      for (const double g : grad_logits) CHECK(std::isfinite(g));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moe::test
