@@ -1,0 +1,34 @@
+"""explain: which kernels run here, in words."""
+
+from collections.abc import Iterable
+
+import torch
+
+from torch_moe import _C
+
+
+def explain(rows_per_expert: Iterable[int] = (1, 8, 64, 512), weight_layout: str = "out_in") -> str:
+    """Tell how this build computes on this machine.
+
+    Parameters
+    ----------
+    rows_per_expert : iterable of int, default=(1, 8, 64, 512)
+        Rows an expert might get, ``Plan.tokens_per_expert``: the GEMM kernel depends on them.
+    weight_layout : {"out_in", "in_out"}, default="out_in"
+        How the weights are stored.
+
+    Returns
+    -------
+    str
+        Build, instruction sets (in use, and available, best first), threads, and one line per entry of
+        ``rows_per_expert`` with the kernel that such an expert takes.
+    """
+    build = ", ".join(f"{name} {value}" for name, value in _C.build_info().items())
+    lines = [
+        f"build: {build}; running on torch {torch.__version__}",
+        f"ISA: {_C.isa()} (available: {', '.join(_C.available_isas())}; the variable MOE_ISA picks one at load)",
+        f"threads: {_C.num_threads()}",
+        "dtypes: float32, bfloat16 and float16 accumulate in float32; float64 in float64",
+    ]
+    lines += [f"grouped_gemm, {m} rows, {weight_layout}: {_C.kernel(m, weight_layout)}" for m in rows_per_expert]
+    return "\n".join(lines)

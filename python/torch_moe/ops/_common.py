@@ -1,0 +1,51 @@
+"""What the operators share: the fakes' shape check, the refusal of a second backward, the autocast dtype."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+# What torch hands to setup_context and backward, and what it returns; torch has no public type for them.
+Context: TypeAlias = Any
+# Options that a function only passes on.
+Options: TypeAlias = Any
+
+_Fake = TypeVar("_Fake", bound=Callable[..., object])
+
+
+def register_fake(op: str) -> Callable[[_Fake], _Fake]:
+    """Register the decorated function as the shape inference of ``torch.ops.moe.<op>``."""
+    decorator: Callable[[_Fake], _Fake] = torch.library.register_fake(f"moe::{op}")
+    return decorator
+
+
+def check_rank(op: str, argument: str, tensor: Tensor, rank: int) -> None:
+    """Raise unless ``tensor`` has ``rank`` dimensions; a fake can infer nothing from any other."""
+    if tensor.dim() != rank:
+        raise RuntimeError(f"{op}: {argument} must have {rank} dimensions, got shape {list(tensor.shape)}")
+
+
+def refuse_double_backward(op: str) -> None:
+    """Make ``torch.ops.moe.<op>``, itself a gradient, raise when it is differentiated.
+
+    Without a formula torch would only warn and leave the second derivative out.
+    """
+
+    def backward(ctx: Context, *grads: Tensor) -> None:
+        raise RuntimeError(f"{op}: has no derivative of its own (double backward is not supported)")
+
+    torch.library.register_autograd(f"moe::{op}", backward)
+
+
+def other_layout(weight_layout: str) -> str:
+    """Return the layout that reads the same weight transposed."""
+    return "in_out" if weight_layout == "out_in" else "out_in"
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return the dtype autocast asks for on the tensor's device, or None; like torch's own, it leaves fp64 alone."""
+    device_type = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)

@@ -1,0 +1,190 @@
+"""experts: permute -> grouped_gemm -> activation -> grouped_gemm -> combine as one operator."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_moe.ops._common import Context, Options, autocast_dtype, check_rank, refuse_double_backward, register_fake
+from torch_moe.ops.plan import Plan
+
+
+def experts(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    plan: Plan,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str = "swiglu",
+    gate_layout: str = "concat",
+    weight_layout: str = "out_in",
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+    recompute: bool = False,
+) -> Tensor:
+    r"""Send each token through its experts' feed-forward networks and sum by weight.
+
+    For row :math:`r` of expert :math:`e` and token :math:`t(r)`: :math:`H_r = W^1_e x_{t(r)} + b^1_e`,
+    :math:`A_r = \mathrm{act}(H_r)`, :math:`Y_r = W^2_e A_r + b^2_e`; a token's output is the sum of its
+    :math:`w_r Y_r`. Differentiable in everything but the plan; an expert without rows gets an exactly zero
+    gradient. For the backward only ``hidden_states``, the pre-activation :math:`H`, ``topk_weights``, the plan and
+    references to the parameters are kept. Under autocast, ``hidden_states`` and the parameters are cast to the
+    autocast dtype; ``topk_weights`` stay fp32.
+
+    Parameters
+    ----------
+    hidden_states : Tensor of shape (num_tokens, hidden_size), dtype=float32, bfloat16, float16 or float64
+        The tokens.
+    gate_up_proj : Tensor of shape (num_experts, 2 * intermediate_size, hidden_size), same dtype
+        First weights; (num_experts, intermediate_size, hidden_size) when not gated. The last two dimensions are
+        swapped for ``weight_layout="in_out"``.
+    down_proj : Tensor of shape (num_experts, hidden_size, intermediate_size), same dtype
+        Second weights; swapped likewise.
+    topk_weights : Tensor of shape (num_tokens, top_k), dtype=float32 (float64 for float64 hidden states)
+        The weight of each slot.
+    plan : Plan
+        What :func:`plan` returned for these tokens.
+    gate_up_bias : Tensor of shape (num_experts, 2 * intermediate_size), same dtype, default=None
+        First biases; (num_experts, intermediate_size) when not gated.
+    down_bias : Tensor of shape (num_experts, hidden_size), same dtype, default=None
+        Second biases.
+    activation, gate_layout, alpha, limit, up_offset
+        As in :func:`activation`.
+    weight_layout : {"out_in", "in_out"}, default="out_in"
+        How both weights are stored.
+    recompute : bool, default=False
+        Keep no pre-activation; the backward computes it again: one more GEMM, ``num_rows * 2 * intermediate_size``
+        elements less.
+
+    Returns
+    -------
+    Tensor of shape (num_tokens, hidden_size), same dtype
+        The tokens' outputs.
+
+    Raises
+    ------
+    RuntimeError
+        If a shape, dtype, device or option does not fit.
+
+    References
+    ----------
+    arXiv 2512.14080 (what the backward has to keep).
+    """
+    dtype = autocast_dtype(hidden_states)
+    if dtype is not None:
+        hidden_states, gate_up_proj, down_proj = hidden_states.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
+        gate_up_bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
+        down_bias = None if down_bias is None else down_bias.to(dtype)
+    differentiable = (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    output: Tensor = torch.ops.moe.experts(
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        topk_weights,
+        *plan,
+        gate_up_bias,
+        down_bias,
+        activation=activation,
+        gate_layout=gate_layout,
+        weight_layout=weight_layout,
+        alpha=alpha,
+        limit=limit,
+        up_offset=up_offset,
+        save_pre_activation=needs_grad and not recompute,
+    )[0]
+    return output
+
+
+@register_fake("experts")
+def _(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    weight_layout: str = "out_in",
+    save_pre_activation: bool = True,
+    **options: Options,
+) -> tuple[Tensor, Tensor]:
+    check_rank("experts", "hidden_states", hidden_states, 2)
+    check_rank("experts", "gate_up_proj", gate_up_proj, 3)
+    num_rows = row_to_slot.shape[0] if save_pre_activation else 0
+    width = gate_up_proj.shape[1 if weight_layout == "out_in" else 2]
+    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty((num_rows, width))
+
+
+@register_fake("experts_backward")
+def _(
+    grad_output: Tensor,
+    hidden_states: Tensor,
+    pre_activation: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    *,
+    needs_hidden_states: bool,
+    needs_projections: bool,
+    needs_topk_weights: bool,
+    needs_biases: bool,
+    **options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def grad(of: Tensor | None, needed: bool) -> Tensor:
+        if of is None or not needed:
+            return hidden_states.new_empty((0,))
+        return of.new_empty(of.shape)
+
+    return (
+        grad(hidden_states, needs_hidden_states),
+        grad(gate_up_proj, needs_projections),
+        grad(down_proj, needs_projections),
+        grad(topk_weights, needs_topk_weights),
+        grad(gate_up_bias, needs_biases),
+        grad(down_bias, needs_biases),
+    )
+
+
+def _setup_context(
+    ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
+) -> None:
+    hidden_states, *rest = inputs
+    pre_activation = output[1]
+    ctx.mark_non_differentiable(pre_activation)
+    ctx.save_for_backward(hidden_states, pre_activation, *rest)
+    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "save_pre_activation"}
+
+
+def _backward(ctx: Context, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The dispatcher leaves out trailing arguments that equal their defaults, biases of None.
+    needs_input_grad = (*ctx.needs_input_grad, False, False)[:9]
+    hidden, gate_up, down, weights, _, _, _, gate_up_bias, down_bias = needs_input_grad
+    grads = torch.ops.moe.experts_backward(
+        grad_output,
+        *ctx.saved_tensors,
+        **ctx.options,
+        needs_hidden_states=hidden,
+        needs_projections=gate_up or down,
+        needs_topk_weights=weights,
+        needs_biases=gate_up_bias or down_bias,
+    )
+    needed = (hidden, gate_up, down, weights, gate_up_bias, down_bias)
+    grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    return *grads[:4], None, None, None, *grads[4:]
+
+
+torch.library.register_autograd("moe::experts", _backward, setup_context=_setup_context)
+refuse_double_backward("experts_backward")

@@ -1,0 +1,184 @@
+"""The specification: every stage in plain torch, read and run in fp64; the backward is autograd's.
+
+Each function computes in the dtype it is given. Shapes are those of :mod:`torch_moe.ops`; nothing is validated and
+nothing is fast. Legend: T tokens, H hidden_size, I intermediate_size, E num_experts, K top_k, R = T * K rows.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torch_moe.ops.activation import is_gated
+from torch_moe.ops.plan import Plan
+
+RENORMALIZE_EPS = 1e-20
+
+
+def route(
+    router_logits: Tensor,  # [T, E]
+    top_k: int,
+    expert_bias: Tensor | None = None,  # [E]
+    *,
+    score_function: str = "softmax",
+    score_order: str = "score_then_topk",
+    renormalize: bool = True,
+    routed_scaling_factor: float = 1.0,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Return ``topk_weights`` [T, K] and ``topk_ids`` [T, K]."""
+
+    def score(logits: Tensor) -> Tensor:
+        return logits.softmax(dim=-1) if score_function == "softmax" else logits.sigmoid()
+
+    # Without bias or groups the order of scores is the order of logits, which no saturation can tie.
+    by_score = score_order == "score_then_topk" and (expert_bias is not None or num_groups > 1)
+    candidates = (score(router_logits) if by_score else router_logits).detach()
+    if expert_bias is not None:
+        candidates = candidates + expert_bias
+    topk_ids = _best(_nan_last(candidates), top_k, num_groups, topk_groups)
+
+    if score_order == "score_then_topk":
+        weights = score(router_logits).gather(-1, topk_ids)
+    else:
+        weights = score(router_logits.gather(-1, topk_ids))
+    if renormalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + RENORMALIZE_EPS)
+    return weights * routed_scaling_factor, topk_ids.int()
+
+
+def _nan_last(values: Tensor) -> Tensor:
+    return values.masked_fill(values.isnan(), -torch.inf)
+
+
+def _best(candidates: Tensor, top_k: int, num_groups: int, topk_groups: int) -> Tensor:
+    """Return the ids of the K best of the best groups, best first; a tie goes to the lower id."""
+
+    def order(values: Tensor) -> Tensor:
+        return values.sort(dim=-1, descending=True, stable=True).indices
+
+    grouped = candidates.view(-1, num_groups, candidates.shape[-1] // num_groups)  # [T, groups, experts of a group]
+    group_scores = grouped.sort(dim=-1, descending=True).values[..., :2].sum(dim=-1)
+    group_scores = _nan_last(group_scores)  # infinity - infinity
+    eligible = torch.zeros_like(group_scores, dtype=torch.bool)
+    eligible.scatter_(-1, order(group_scores)[..., :topk_groups], True)
+    eligible = eligible.repeat_interleave(grouped.shape[-1], dim=-1)  # [T, E]
+
+    # Sorting by candidate, then stably by eligibility, keeps an eligible -inf before everything ineligible.
+    by_candidate = order(candidates)
+    return by_candidate.gather(-1, order(eligible.gather(-1, by_candidate).int()))[..., :top_k]
+
+
+def plan(topk_ids: Tensor, num_experts: int, capacity: int | None = None) -> Plan:
+    """Return the plan of ``topk_ids`` [T, K]: each expert takes its slots in order, up to its capacity."""
+    slots_of: list[list[int]] = [[] for _ in range(num_experts)]
+    for slot, expert in enumerate(topk_ids.flatten().tolist()):
+        if 0 <= expert < num_experts and (capacity is None or len(slots_of[expert]) < capacity):
+            slots_of[expert].append(slot)
+
+    num_rows = topk_ids.numel()
+    offsets, row_to_slot, slot_to_row = [0], [-1] * num_rows, [-1] * num_rows
+    for slots in slots_of:
+        for row, slot in enumerate(slots, start=offsets[-1]):
+            row_to_slot[row], slot_to_row[slot] = slot, row
+        offsets.append(offsets[-1] + len(slots))
+
+    def int32(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=topk_ids.device)
+
+    return Plan(int32(offsets), int32(row_to_slot), int32(slot_to_row).view(topk_ids.shape))
+
+
+def permute(hidden_states: Tensor, plan: Plan) -> Tensor:
+    """Return ``rows`` [R, H]: a row without a slot is zero."""
+    used = int(plan.expert_offsets[-1])
+    tokens = plan.row_to_slot[:used] // plan.top_k
+    return torch.cat([hidden_states[tokens], hidden_states.new_zeros(plan.num_rows - used, hidden_states.shape[1])])
+
+
+def grouped_gemm(
+    rows: Tensor,  # [R, K]
+    weight: Tensor,  # [E, N, K], or [E, K, N] for in_out
+    expert_offsets: Tensor,  # [E + 1]
+    bias: Tensor | None = None,  # [E, N]
+    weight_layout: str = "out_in",
+) -> Tensor:
+    """Return [R, N]: each expert's rows times its weight, rows past the last expert's zero."""
+    weight = weight.transpose(1, 2) if weight_layout == "in_out" else weight
+    used = int(expert_offsets[-1])
+    # Views of all experts at once: their gradient is put together once, not added up expert by expert.
+    rows_of = torch.split(rows[:used], expert_offsets.diff().tolist())
+    bias_of = [None] * weight.shape[0] if bias is None else bias.unbind()
+    outputs = [functional.linear(*arguments) for arguments in zip(rows_of, weight.unbind(), bias_of, strict=True)]
+    return torch.cat([*outputs, rows.new_zeros(rows.shape[0] - used, weight.shape[1])])
+
+
+def activation(
+    pre_activation: Tensor,  # [R, 2I], or [R, I] when not gated
+    activation: str = "swiglu",
+    *,
+    gate_layout: str = "concat",
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+) -> Tensor:
+    """Return [R, I]."""
+    if not is_gated(activation):
+        return _UNGATED[activation](pre_activation)
+    if gate_layout == "concat":
+        gate, up = pre_activation.chunk(2, dim=-1)
+    else:
+        gate, up = pre_activation[..., 0::2], pre_activation[..., 1::2]
+    if activation != "swiglu":
+        return _UNGATED[_GATE_OF[activation]](gate) * up
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + up_offset)
+
+
+_GATE_OF = {"geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+_UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+}
+
+
+def combine(rows: Tensor, topk_weights: Tensor | None, plan: Plan) -> Tensor:
+    """Return [T, H]: the weighted sum of each token's rows, dropped slots left out."""
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # slot_to_row = -1 reads the zero row
+    chosen = padded[plan.slot_to_row]  # [T, K, H]
+    if topk_weights is not None:
+        chosen = chosen * topk_weights.unsqueeze(-1)
+    return chosen.sum(dim=1)
+
+
+def experts(
+    hidden_states: Tensor,  # [T, H]
+    gate_up_proj: Tensor,  # [E, 2I, H]
+    down_proj: Tensor,  # [E, H, I]
+    topk_weights: Tensor,  # [T, K]
+    plan: Plan,
+    gate_up_bias: Tensor | None = None,  # [E, 2I]
+    down_bias: Tensor | None = None,  # [E, H]
+    *,
+    activation: str = "swiglu",
+    gate_layout: str = "concat",
+    weight_layout: str = "out_in",
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+) -> Tensor:
+    """Return [T, H]: the stages, one after the other."""
+    rows = permute(hidden_states, plan)
+    rows = grouped_gemm(rows, gate_up_proj, plan.expert_offsets, gate_up_bias, weight_layout)
+    rows = _activation(rows, activation, gate_layout=gate_layout, alpha=alpha, limit=limit, up_offset=up_offset)
+    rows = grouped_gemm(rows, down_proj, plan.expert_offsets, down_bias, weight_layout)
+    return combine(rows, topk_weights, plan)
+
+
+_activation = activation  # inside experts the name is the option's
