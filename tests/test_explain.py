@@ -1,0 +1,32 @@
+"""explain: what it says is what the extension does."""
+
+import pytest
+import torch
+
+import torch_moe
+from torch_moe import _C
+
+
+def test_names_build_isa_threads_and_dtypes():
+    text = torch_moe.explain()
+    assert torch_moe.__version__ in text
+    assert torch.__version__ in text
+    assert f"ISA: {_C.isa()} (available: {', '.join(_C.available_isas())}" in text
+    assert f"threads: {torch.get_num_threads()}" in text
+    assert all(name in text for name in ("float32", "bfloat16", "float16", "float64"))
+
+
+@pytest.mark.parametrize("weight_layout", ["out_in", "in_out"])
+def test_names_the_kernel_of_each_number_of_rows(weight_layout):
+    lines = torch_moe.explain([3, 200], weight_layout).splitlines()[-2:]
+    for rows, line in zip((3, 200), lines, strict=True):
+        assert line == f"grouped_gemm, {rows} rows, {weight_layout}: {_C.kernel(rows, weight_layout)}"
+
+
+def test_follows_the_isa(isa):
+    assert f"ISA: {isa} " in torch_moe.explain()
+
+
+def test_unknown_isa_is_refused():
+    with pytest.raises(ValueError, match=r"set_isa: name must be one of .*got 'mmx'"):
+        _C.set_isa("mmx")

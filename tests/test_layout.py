@@ -1,0 +1,45 @@
+"""The tree: one stem per stage in every folder, torch headers in one folder only, no file too long."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("route", "plan", "permute", "grouped_gemm", "activation", "combine", "experts")
+FOLDERS = ("cpp/include/moe/{}.h", "cpp/cpu/{}.cpp", "python/torch_moe/ops/{}.py", "tests/test_{}.py")
+SOURCES = [
+    path
+    for folder in ("cpp", "python", "tests")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in {".h", ".cpp", ".inc", ".py", ".pyi"}
+]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("pattern", FOLDERS)
+def test_every_stage_is_in_every_folder(pattern, stage):
+    assert (ROOT / pattern.format(stage)).is_file()
+
+
+def test_torch_headers_are_included_in_one_folder_only():
+    torch_include = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10|pybind11)/', re.MULTILINE)
+    including = {path.relative_to(ROOT).parts[:2] for path in SOURCES if torch_include.search(path.read_text())}
+    assert including == {("cpp", "torch")}
+
+
+def test_contract_headers_name_no_cuda():
+    headers = list((ROOT / "cpp/include/moe").glob("*.h"))
+    assert headers
+    assert not [path.name for path in headers if re.search(r"#\s*include\s*<cuda", path.read_text())]
+
+
+def test_no_file_is_too_long():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {path: length for path, length in lengths.items() if length > 450} == {}
+    assert sorted(lengths.values())[len(lengths) // 2] <= 150
+
+
+def test_every_schema_is_in_one_file():
+    defining = [path.name for path in SOURCES if path.suffix == ".cpp" and "m.def(" in path.read_text()]
+    assert [name for name in defining if name != "module.cpp"] == ["library.cpp"]

@@ -1,0 +1,99 @@
+"""torch.library.opcheck on every operator that the library registers; one without a sample fails."""
+
+import pytest
+import torch
+from helpers import expert_inputs, make_plan, randn
+
+import torch_moe  # noqa: F401  # registers the operators
+from torch_moe.testing import SHAPES
+
+SHAPE = SHAPES["unaligned"]
+T, H, I, E, K = SHAPE  # noqa: E741
+R = T * K
+OPS = sorted(name.removeprefix("moe::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe::"))
+
+ROUTE = {
+    "score_function": "softmax",
+    "score_order": "score_then_topk",
+    "renormalize": True,
+    "routed_scaling_factor": 1.5,
+}
+ACTIVATION = {"gate_layout": "interleaved", "alpha": 1.702, "limit": 7.0, "up_offset": 1.0}
+
+
+def leaf(*size, dtype=torch.float32):
+    return randn(*size, dtype=dtype).requires_grad_()
+
+
+def samples():
+    """By operator: a list of (args, kwargs). Backward operators get no leaves: they have no derivative."""
+    plan = make_plan(SHAPE)
+    ids = torch.randint(0, E, (T, K), dtype=torch.int32)
+    experts = [tensor.requires_grad_() for tensor in expert_inputs(SHAPE, torch.float32, "cpu", bias=True).values()]
+    bf16 = [tensor.requires_grad_() for tensor in expert_inputs(SHAPE, torch.bfloat16, "cpu").values()]
+    *weights, gate_up_bias, down_bias = experts
+    saved = [tensor.detach() for tensor in weights], [tensor.detach() for tensor in (gate_up_bias, down_bias)]
+    needs = ("needs_hidden_states", "needs_projections", "needs_topk_weights", "needs_biases")
+    layouts = {"activation": "swiglu", **ACTIVATION, "weight_layout": "out_in"}
+
+    def experts_backward(pre_activation, **flags):
+        (hidden, gate_up, down, topk_weights), biases = saved
+        args = (randn(T, H), hidden, pre_activation, gate_up, down, topk_weights, *plan, *biases)
+        return args, {**layouts, **dict.fromkeys(needs, True), **flags}
+
+    return {
+        "route": [
+            ((leaf(T, E), K), {}),
+            ((leaf(T, E), 1, randn(E)), {"score_function": "sigmoid", "check_finite": True}),
+        ],
+        "route_backward": [((randn(T, K), randn(T, E), ids), ROUTE)],
+        "plan": [((ids, E), {}), ((ids, E, 4), {})],
+        "permute": [((leaf(T, H), *plan), {}), ((leaf(T, H, dtype=torch.bfloat16), *plan), {})],
+        "grouped_gemm": [
+            ((leaf(R, H), leaf(E, I, H), plan.expert_offsets), {}),
+            ((leaf(R, H), leaf(E, H, I), plan.expert_offsets, leaf(E, I)), {"weight_layout": "in_out"}),
+        ],
+        "grouped_gemm_wgrad": [((randn(R, I), randn(R, H), plan.expert_offsets), {})],
+        "grouped_gemm_bgrad": [((randn(R, I), plan.expert_offsets), {})],
+        "activation": [((leaf(R, 2 * I),), {}), ((leaf(R, I), "gelu"), {}), ((leaf(R, 2 * I), "swiglu"), ACTIVATION)],
+        "activation_backward": [((randn(R, I), randn(R, 2 * I), "swiglu"), ACTIVATION)],
+        "combine": [((leaf(R, H), leaf(T, K), *plan), {}), ((leaf(R, H), None, *plan), {})],
+        "combine_backward": [((randn(T, H), randn(R, H), randn(T, K), *plan), {})],
+        "experts": [
+            ((*weights, *plan, gate_up_bias, down_bias), ACTIVATION),
+            ((*weights, *plan), {"save_pre_activation": False}),
+            ((*bf16, *plan), {}),
+        ],
+        "experts_backward": [
+            experts_backward(randn(R, 2 * I)),
+            experts_backward(torch.empty(0, 2 * I)),
+            experts_backward(randn(R, 2 * I), needs_hidden_states=False, needs_biases=False),
+        ],
+    }
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    for args, kwargs in samples()[op]:
+        torch.library.opcheck(getattr(torch.ops.moe, op).default, args, kwargs)
+
+
+def test_operators_are_discovered():
+    """An empty discovery would make every check above pass."""
+    assert set(OPS) == set(samples())
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.endswith(("_backward", "_wgrad", "_bgrad"))])
+def test_double_backward_is_refused(op):
+    """The second derivative is an error, not a gradient that silently lacks a term."""
+    args, kwargs = samples()[op][0]
+    args = [arg.requires_grad_() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
+    result = getattr(torch.ops.moe, op)(*args, **kwargs)
+    result = result[0] if isinstance(result, tuple) else result
+    with pytest.raises(RuntimeError, match=rf"{op}: .*double backward is not supported"):
+        result.sum().backward()
+
+
+def test_integer_tensors_refuse_requires_grad():
+    with pytest.raises(RuntimeError, match="only Tensors of floating point"):
+        make_plan(SHAPE).row_to_slot.requires_grad_()
