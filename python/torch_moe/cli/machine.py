@@ -1,0 +1,96 @@
+"""What the benchmark must know of the machine: its name for the record, its free memory, its scheduler."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+GIB = 1 << 30
+# Assumed where the operating system does not tell.
+UNKNOWN_MEMORY = 4 * GIB
+# Share of the free memory that the benchmark may plan with; the rest is for temporaries and for others.
+MEMORY_SHARE = 0.7
+
+
+def cpu_model() -> str:
+    """Return the processor's name, as good as the operating system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def num_cores() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Return how many bytes a new allocation may take before the machine swaps or a container limit kills us.
+
+    Parameters
+    ----------
+    root : Path, default=Path("/")
+        Where `proc` and `sys` are mounted.
+    """
+    limits = []
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    except OSError:
+        pass
+    for limit_file, usage_file in (
+        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
+        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limits.append(int((root / limit_file).read_text()) - int((root / usage_file).read_text()))
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return max(0, min(limits)) if limits else UNKNOWN_MEMORY
+
+
+def memory_budget() -> int:
+    """Return how many bytes the benchmark may plan to hold at once."""
+    return int(MEMORY_SHARE * available_memory())
+
+
+def request_realtime() -> str:
+    """Ask for a real-time scheduling class, so that other processes disturb the timing less.
+
+    Returns
+    -------
+    str
+        What came of it, for the report.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        return "real-time scheduling: not on this operating system"
+    for name, policy in (("SCHED_FIFO", os.SCHED_FIFO), ("SCHED_RR", os.SCHED_RR)):
+        try:
+            os.sched_setscheduler(0, policy, os.sched_param(os.sched_get_priority_min(policy)))
+        except OSError as error:
+            refusal = f"real-time scheduling: refused ({error.strerror}); times are as noisy as without"
+        else:
+            return f"real-time scheduling: {name}"
+    return refusal
+
+
+def source_commit() -> str:
+    """Return the short commit of the checkout the command runs in, or "" outside of one."""
+    if not Path("cpp/include/moe").is_dir():
+        return ""
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
