@@ -1,0 +1,47 @@
+"""The command `torch-moe`, also `python -m torch_moe`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from torch_moe.cli.errors import UsageError, WrongResult
+from torch_moe.cli.options import add_bench_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, run the command and return its exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str or None, default=None
+        Arguments without the program's name; None takes them from the command line.
+
+    Returns
+    -------
+    int
+        0 done, 1 a result was wrong, 130 interrupted. Bad options raise SystemExit with code 2.
+    """
+    parser = argparse.ArgumentParser(prog="torch-moe", description="Mixture-of-Experts layers for PyTorch.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    add_bench_parser(subparsers)
+    subparsers.add_parser("explain", help="tell which kernels, ISA and threads this machine takes")
+    options = parser.parse_args(argv)
+    if options.command == "explain":
+        import torch_moe
+
+        print(torch_moe.explain())
+        return 0
+    from torch_moe.cli import bench
+
+    try:
+        return bench.run(options)
+    except UsageError as error:
+        parser.error(str(error))
+    except WrongResult as error:
+        print(f"torch-moe: wrong result: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("torch-moe: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,93 @@
+"""The main job: measure a layer in each dtype, then over several numbers of experts, and report."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import torch_moe
+from torch_moe import _C
+from torch_moe.cli import machine, plot, report
+from torch_moe.cli.display import Display
+from torch_moe.cli.errors import UsageError
+from torch_moe.cli.measure import measure_layer, measure_scaling
+from torch_moe.cli.results import LayerResult, records
+from torch_moe.cli.shapes import SHAPES, LayerShape
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run `torch-moe bench` and return the exit code.
+
+    Raises
+    ------
+    UsageError
+        If options do not fit together or this machine.
+    WrongResult
+        If a candidate differs from the reference.
+    """
+    shape, scaled = _shapes(options)
+    if options.plot is not None and options.plot.suffix.lower() != ".png":
+        raise UsageError(f"--plot draws a PNG: name a file that ends in .png, got {str(options.plot)!r}")
+    display = Display(json_only=options.json)
+    if options.realtime:  # before torch starts its threads, which inherit the class
+        display.note(machine.request_realtime())
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+    environment = describe()
+    display.note(
+        f"torch-moe {torch_moe.__version__}, torch {torch.__version__}, {environment['cpu']}, "
+        f"{environment['threads']} threads, ISA {environment['isa']}"
+    )
+    results: list[LayerResult] = []
+    for dtype in options.dtype:
+        results.append(measure_layer(display, options, shape, dtype))
+        report.show_layer(display, results[-1])
+    measured = [measure_scaling(display, options, larger, options.dtype[0]) for larger in scaled]
+    scaling = [result for result in measured if result is not None]
+    if scaling:
+        report.show_scaling(display, scaling)
+
+    lines = records(results + scaling, environment)
+    if options.output is not None:
+        report.append_jsonl(options.output, lines)
+        display.note(f"appended {len(lines)} lines to {options.output}")
+    if options.plot is not None:
+        reason = plot.why_not_plot()
+        if reason is None:
+            plot.draw(options.plot, results, scaling)
+        display.note(reason or f"drew {options.plot}")
+    if options.json:
+        print(json.dumps(lines, indent=1))
+    return 0
+
+
+def describe() -> dict[str, Any]:
+    """Return what every record says of the run: date, commit, versions, machine."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": machine.source_commit(),
+        "version": torch_moe.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": machine.cpu_model(),
+        "cores": machine.num_cores(),
+        "threads": torch.get_num_threads(),
+        "isa": _C.isa(),
+    }
+
+
+def _shapes(options: argparse.Namespace) -> tuple[LayerShape, list[LayerShape]]:
+    """Return the layer of the main table and those of the scaling table."""
+    shape = SHAPES[options.shape]
+    if options.tokens is not None:
+        shape = replace(shape, num_tokens=options.tokens)
+    if len(options.experts) == 1:
+        return shape.with_experts(options.experts[0]), []
+    return shape, [shape.with_experts(number) for number in options.experts]
