@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from torch_moe import ops
 from torch_moe.nn._common import require as _require
-from torch_moe.nn._common import uniform_by_fan_in_
+from torch_moe.nn._common import uniform_by_fan_in_, without_autocast
 
 
 class TopKRouter(nn.Module):
@@ -121,7 +121,7 @@ class TopKRouter(nn.Module):
             The experts.
         """
         dtype = torch.promote_types(torch.promote_types(hidden_states.dtype, self.weight.dtype), torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device.type):
             router_logits = functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
         topk_weights, topk_ids = ops.route(
             router_logits,

@@ -46,6 +46,11 @@ def other_layout(weight_layout: str) -> str:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """Return the dtype autocast asks for on the tensor's device, or None; like torch's own, it leaves fp64 alone."""
     device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if tensor.dtype == torch.float64 or not is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Tell whether autocast is on; torch's own raises for devices without autocast, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
