@@ -5,12 +5,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from torch_moe import _C
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the operators run")
+
+
+# No deadline: on a busy machine any example may be slow.
+settings.register_profile("torch_moe", max_examples=60, deadline=None)
+settings.load_profile("torch_moe")
 
 
 def pytest_configure(config: pytest.Config) -> None:

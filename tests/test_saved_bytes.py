@@ -42,7 +42,7 @@ def test_only_inputs_and_the_pre_activation_are_kept(activation, halves, dtype, 
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-def test_inference_asks_for_no_pre_activation(mode, monkeypatch):
+def test_inference_asks_for_no_pre_activation(mode):
     plan = make_plan(SHAPE)
     inputs = {name: t.requires_grad_() for name, t in expert_inputs(SHAPE, torch.float32, "cpu").items()}
     with mode(), torch.profiler.profile(profile_memory=True) as profile:
