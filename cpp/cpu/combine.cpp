@@ -19,7 +19,7 @@ void combine(const CombineArgs& args, const ThreadPool& pool) {
   const auto* weights = static_cast<const Wide<T>*>(args.topk_weights);
   auto* output = static_cast<T*>(args.output);
   const int64_t width = args.hidden_size, top_k = args.plan.top_k, blocks = ceil_div(width, kColumns);
-  const int64_t grain = ceil_div(kElementGrain, std::min(width, kColumns) * top_k);
+  const int64_t grain = items_of_work(kElementGrain, std::min(width, kColumns) * top_k);
   parallel_for(pool, args.plan.num_tokens * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t token = item / blocks, first = item % blocks * kColumns, n = std::min(kColumns, width - first);
@@ -45,7 +45,7 @@ void combine_backward(const CombineBackwardArgs& args, const ThreadPool& pool) {
   auto* grad_rows = static_cast<T*>(args.grad_rows);
   auto* grad_weights = static_cast<Wide<T>*>(args.grad_topk_weights);
   const int64_t width = args.hidden_size, top_k = args.plan.top_k;
-  const int64_t grain = ceil_div(kElementGrain, std::max<int64_t>(width, 1));
+  const int64_t grain = items_of_work(kElementGrain, width);
 
   parallel_for(pool, num_rows(args.plan), grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

@@ -1,6 +1,6 @@
 #include "moe/grouped_gemm.h"
 
-#include <cstring>
+#include <algorithm>
 
 #include "gemm/bgrad.h"
 #include "gemm/block.h"
@@ -83,8 +83,7 @@ bool grouped_gemm(const GroupedGemmArgs& args, const ThreadPool& pool) {
   const auto rows = row_pointers<Storage>(args.rows, args.num_rows, args.k);
   Storage* output = static_cast<Storage*>(args.output);
   const auto zero_rows = [&](int64_t begin, int64_t end) {
-    std::memset(static_cast<void*>(output + begin * args.n), 0,
-                static_cast<size_t>((end - begin) * args.n) * sizeof(Storage));
+    std::fill_n(output + begin * args.n, (end - begin) * args.n, Storage{});
   };
   zero_rows(0, offsets.front());
   zero_rows(offsets.back(), args.num_rows);

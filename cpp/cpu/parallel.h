@@ -12,6 +12,11 @@ namespace moe {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Items that make `work` together; an item may be no work at all.
+constexpr int64_t items_of_work(int64_t work, int64_t work_per_item) {
+  return ceil_div(work, std::max<int64_t>(work_per_item, 1));
+}
+
 // How many chunks of at least `grain` items are worth making of n items. Never more than there are threads.
 inline int64_t num_chunks(const ThreadPool& pool, int64_t n, int64_t grain) {
   return std::clamp<int64_t>(ceil_div(n, std::max<int64_t>(grain, 1)), 1, std::max(pool.num_threads(), 1));

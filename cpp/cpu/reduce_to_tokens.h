@@ -34,7 +34,7 @@ class TokenReducer {
   // Columns of a unit: as many units as feed every thread evenly, few enough that packing a row is worth it, and a sum
   // for all tokens that stays in kSumBytes.
   static int64_t columns_per_unit(const Experts<Storage>& experts, int threads) {
-    const int64_t hidden = experts.hidden;
+    const int64_t hidden = std::max<int64_t>(experts.hidden, 1);
     const int64_t units = ceil_div(ceil_div(hidden, kMostColumns), threads) * threads;
     const int64_t tokens = std::max<int64_t>(experts.layer.plan.num_tokens, 1);
     const int64_t fit = kSumBytes / (tokens * static_cast<int64_t>(sizeof(Real))) / kGrain * kGrain;

@@ -187,7 +187,7 @@ void route_backward_token(const RouteBackwardArgs& args, int64_t token, const Wo
 template <typename Args, typename Fn>
 Status for_each_token(const Args& args, const ThreadPool& pool, const Fn& fn) {
   const int64_t num_experts = args.num_experts;
-  const int64_t chunks = num_chunks(pool, args.num_tokens, ceil_div(kLogitGrain, std::max<int64_t>(num_experts, 1)));
+  const int64_t chunks = num_chunks(pool, args.num_tokens, items_of_work(kLogitGrain, num_experts));
   return dispatch(args.dtype, [&]<typename T>(std::type_identity<T> type) {
     using Work = Workspace<Wide<T>>;
     // The selection's arrays have a place per choice, which may exceed E when a user's ids repeat.

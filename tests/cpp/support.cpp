@@ -34,6 +34,8 @@ std::vector<Problem> problems() {
       {"many_experts_2048", 30, 2048, 3, 4, 3, draw(30, 3, 0, 2048)},
       {"unaligned", 37, 5, 3, 67, 35, draw(37, 3, 0, 5)},
       {"one_wide", 3, 2, 1, 1, 1, draw(3, 1, 0, 2)},
+      {"no_hidden", 4, 3, 2, 0, 5, draw(4, 2, 0, 3)},
+      {"no_intermediate", 4, 3, 2, 5, 0, draw(4, 2, 0, 3)},
       {"many_slots", 9000, 3, 2, 3, 2, draw(9000, 2, 0, 3)},
   };
   Problem dropped{"dropped_slots", 21, 5, 3, 19, 7, draw(21, 3, 0, 5)};

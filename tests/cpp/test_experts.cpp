@@ -18,9 +18,9 @@ struct Layer {
   bool biased;
   int64_t pre = pre_activation_size(activation.activation, p.intermediate_size);
   std::vector<T> x = random_values<T>(p.num_tokens * p.hidden_size, 1);
-  std::vector<T> w1 = random_values<T>(p.num_experts * pre * p.hidden_size, 2, 1 / std::sqrt(p.hidden_size));
+  std::vector<T> w1 = random_values<T>(p.num_experts * pre * p.hidden_size, 2, 1 / std::sqrt(p.hidden_size + 1));
   std::vector<T> w2 =
-      random_values<T>(p.num_experts * p.hidden_size * p.intermediate_size, 3, 1 / std::sqrt(p.intermediate_size));
+      random_values<T>(p.num_experts * p.hidden_size * p.intermediate_size, 3, 1 / std::sqrt(p.intermediate_size + 1));
   std::vector<T> b1 = random_values<T>(p.num_experts * pre, 4), b2 = random_values<T>(p.num_experts * p.hidden_size, 5);
   std::vector<Wide<T>> s = random_values<Wide<T>>(p.num_rows(), 6);
   std::vector<T> grad_output = random_values<T>(p.num_tokens * p.hidden_size, 7);

@@ -110,6 +110,10 @@ class BlockGemm {
   void multiply(const Weight<Storage>& weight, const Columns& columns, Real* c, int64_t ldc) {
     for (int run = 0; run < columns.runs; ++run) {
       Real* out = c + columns.offset(run);
+      if (k_ == 0) {  // an empty sum, which no block of k would write
+        for (int64_t i = 0; i < m_; ++i) std::fill_n(out + i * ldc, columns.count, Real(0));
+        continue;
+      }
       switch (kernel_) {
         case GemmKernel::kDot:
           multiply_dot(weight, columns.begin[run], columns.count, out, ldc);

@@ -5,7 +5,7 @@
 // order.
 #pragma once
 
-#include <cstring>
+#include <algorithm>
 #include <vector>
 
 #include "gemm/kernels.h"
@@ -67,7 +67,7 @@ class WgradWorker {
     Storage* output = args_.output + (unit.expert * args_.m + unit.begin) * args_.n;
     const int64_t first = args_.expert_offsets[unit.expert], rows = rows_of(args_, unit.expert);
     if (rows == 0) {
-      std::memset(static_cast<void*>(output), 0, static_cast<size_t>(unit.count * args_.n) * sizeof(Storage));
+      std::fill_n(output, unit.count * args_.n, Storage{});
       return;
     }
     // 1. lhs^T of the unit, [count, rows]: the rows of p.
