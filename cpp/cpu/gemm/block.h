@@ -100,7 +100,7 @@ class BlockGemm {
       if constexpr (std::is_same_v<Storage, Real>) {
         real_rows_[i] = rows[i];
       } else {
-        kernels_.widen_row(rows[i], k, packed_ + i * k);
+        kernels_.widen_row(rows[i], k, packed_ + i * k, 0);
         real_rows_[i] = packed_ + i * k;
       }
     }
@@ -151,8 +151,8 @@ class BlockGemm {
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t first = m_ * t / tiles, rows = m_ * (t + 1) / tiles - first;
           for (int64_t x = 0; x < rows; ++x) a[x] = real_rows_[first + x] + k0;
-          kernels_.dot(static_cast<int>(rows), static_cast<int>(columns), a, w, depth, c + first * ldc + j, ldc,
-                       k0 > 0);
+          kernels_.dot(static_cast<int>(rows), static_cast<int>(columns), a, w, depth, c + first * ldc + j, ldc, k0 > 0,
+                       step * weight.k);
         }
       }
     }
@@ -172,13 +172,13 @@ class BlockGemm {
             w[x] = row;
           } else {
             Real* staged = staged_ + x * (kTokensBlock + kernels_.lanes);
-            kernels_.widen_row(row, depth, staged);
+            kernels_.widen_row(row, depth, staged, step * weight.k);
             w[x] = staged;
           }
         }
         for (int64_t p = 0; p < panels_; ++p) {
           kernels_.outer(static_cast<int>(rows), vectors_, w, packed_ + (p * k_ + k0) * width, depth,
-                         transposed_ + j * ld + p * width, ld, k0 > 0);
+                         transposed_ + j * ld + p * width, ld, k0 > 0, step * weight.k);
         }
       }
     }
@@ -195,12 +195,12 @@ class BlockGemm {
       for (int64_t k0 = 0; k0 < k_; k0 += kColumnsBlock) {
         const int64_t depth = std::min(kColumnsBlock, k_ - k0);
         for (int64_t x = 0; x < depth; ++x) w[x] = weight.data + (k0 + x) * weight.n + begin + j;
-        kernels_.pack(w, depth, used, vectors * kernels_.lanes, staged_);
+        kernels_.pack(w, depth, used, vectors * kernels_.lanes, staged_, widest);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t first = m_ * t / tiles, rows = m_ * (t + 1) / tiles - first;
           for (int64_t x = 0; x < rows; ++x) a[x] = real_rows_[first + x] + k0;
           kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), a, staged_, depth, c + first * ldc + j, ldc,
-                         k0 > 0);
+                         k0 > 0, 0);
         }
       }
     }

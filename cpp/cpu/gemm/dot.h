@@ -16,11 +16,9 @@ inline constexpr int kDotColumns = std::min<int>(kMaxTileRows, MOE_ACCUMULATORS 
 
 template <typename Storage, int Rows>
 void dot_tile(int columns, const Wide<Storage>* const* a, const Storage* const* w, int64_t k, Wide<Storage>* c,
-              int64_t ldc, bool accumulate) {
+              int64_t ldc, bool accumulate, int64_t ahead) {
   using Real = Wide<Storage>;
   constexpr int kColumns = kDotColumns<Rows>;
-  // How far ahead of its use a weight is fetched: far enough for memory, near enough to stay in the first-level cache.
-  constexpr int64_t kPrefetch = 1024 / static_cast<int64_t>(sizeof(Storage));
   const Real* a_row[Rows];
   const Storage* w_row[kColumns];
   Vec<Real> tile[Rows][kColumns];
@@ -46,8 +44,8 @@ void dot_tile(int columns, const Wide<Storage>* const* a, const Storage* const* 
   int64_t x = 0;
   for (; x + kLanes<Real> <= k; x += kLanes<Real>) {
     step([x](const Real* p) { return load(p + x); },
-         [x](const Storage* p) {
-           __builtin_prefetch(p + x + kPrefetch);
+         [x, ahead](const Storage* p) {
+           fetch(p + x + ahead);
            return load(p + x);
          });
   }
@@ -79,17 +77,17 @@ void dot_tile(int columns, const Wide<Storage>* const* a, const Storage* const* 
 
 template <typename Storage>
 void dot(int rows, int columns, const Wide<Storage>* const* a, const Storage* const* w, int64_t k, Wide<Storage>* c,
-         int64_t ldc, bool accumulate) {
+         int64_t ldc, bool accumulate, int64_t ahead) {
   static_assert(kMaxDotRows == 4, "one case per number of rows");
   switch (rows) {
     case 1:
-      return dot_tile<Storage, 1>(columns, a, w, k, c, ldc, accumulate);
+      return dot_tile<Storage, 1>(columns, a, w, k, c, ldc, accumulate, ahead);
     case 2:
-      return dot_tile<Storage, 2>(columns, a, w, k, c, ldc, accumulate);
+      return dot_tile<Storage, 2>(columns, a, w, k, c, ldc, accumulate, ahead);
     case 3:
-      return dot_tile<Storage, 3>(columns, a, w, k, c, ldc, accumulate);
+      return dot_tile<Storage, 3>(columns, a, w, k, c, ldc, accumulate, ahead);
     case 4:
-      return dot_tile<Storage, 4>(columns, a, w, k, c, ldc, accumulate);
+      return dot_tile<Storage, 4>(columns, a, w, k, c, ldc, accumulate, ahead);
   }
 }
 

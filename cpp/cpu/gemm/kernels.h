@@ -18,6 +18,9 @@ inline constexpr int64_t kMaxDotRows = 4;  // rows of a in `dot`
 
 // Storage is float, BFloat16, Float16 or double; the arithmetic is in Real: double for double, else float.
 // "Rows" arguments are arrays of pointers: gathering costs nothing. No alignment is required of anything.
+// `ahead`: while element x of a row is read, x + ahead is fetched into the second-level cache, wherever that is (a
+// fetch never faults). The caller knows what it will read next; the processor's own prefetcher loses track at the end
+// of a row.
 template <typename Storage>
 struct Kernels {
   using Real = Wide<Storage>;
@@ -33,19 +36,19 @@ struct Kernels {
   // c[i, j] (+)= sum over x < k of p[i][x] * q[x, j], for i < rows and j < vectors * lanes; q has vectors * lanes
   // columns.
   void (*outer)(int rows, int vectors, const Real* const* p, const Real* q, int64_t k, Real* c, int64_t ldc,
-                bool accumulate);
+                bool accumulate, int64_t ahead);
   // c[i, j] (+)= <a[i], w[j]> over k elements, for i < rows and j < columns <= dot_columns[rows - 1].
   void (*dot)(int rows, int columns, const Real* const* a, const Storage* const* w, int64_t k, Real* c, int64_t ldc,
-              bool accumulate);
+              bool accumulate, int64_t ahead);
 
   // q[x, i] = rows[i][x] for x < k and i < m; columns m .. width of q are zero.
   void (*pack_transposed)(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Real* q);
   // q[x, j] = rows[x][j] for x < k and j < n; columns n .. width of q are zero.
-  void (*pack)(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Real* q);
+  void (*pack)(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Real* q, int64_t ahead);
   // dst[j, i] = src[i, j] for i < rows and j < columns.
   void (*transpose)(const Real* src, int64_t ld_src, int64_t rows, int64_t columns, Real* dst, int64_t ld_dst);
 
-  void (*widen_row)(const Storage* src, int64_t n, Real* dst);
+  void (*widen_row)(const Storage* src, int64_t n, Real* dst, int64_t ahead);
   void (*narrow_row)(const Real* src, int64_t n, Storage* dst);
   // y += s * x
   void (*axpy)(Real s, const Real* x, int64_t n, Real* y);

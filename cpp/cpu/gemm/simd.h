@@ -35,6 +35,9 @@ typedef uint32_t UInt __attribute__((vector_size(MOE_VECTOR_BYTES)));
 typedef uint16_t Half __attribute__((vector_size(MOE_VECTOR_BYTES / 2)));
 typedef uint16_t HalfUnaligned __attribute__((vector_size(MOE_VECTOR_BYTES / 2), aligned(2), may_alias));
 
+// Into the second-level cache.
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 template <typename Real>
 inline Vec<Real> broadcast(Real x) {
   return x - Vec<Real>{};
@@ -43,14 +46,30 @@ inline Vec<Real> broadcast(Real x) {
 inline Vec<float> load(const float* p) { return *reinterpret_cast<const VectorOf<float>::Unaligned*>(p); }
 inline Vec<double> load(const double* p) { return *reinterpret_cast<const VectorOf<double>::Unaligned*>(p); }
 
-inline Vec<float> load(const BFloat16* p) {
-  const Half half = *reinterpret_cast<const HalfUnaligned*>(p);
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(half, UInt) << 16);
+// NOTE: the conversions between 16 and 32 bits are intrinsics because __builtin_convertvector splits its vectors in GCC
+// 12, and maskz forms because the plain ones warn of an uninitialised value there.
+inline UInt load_16_bits(const void* p) {
+#if MOE_VECTOR_BYTES == 64
+  return reinterpret_cast<UInt>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<UInt>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(*static_cast<const HalfUnaligned*>(p), UInt);
+#endif
 }
+inline void store_16_bits(void* p, UInt x) {
+#if MOE_VECTOR_BYTES == 64
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(x)));
+#else
+  *static_cast<HalfUnaligned*>(p) = __builtin_convertvector(x, Half);
+#endif
+}
+
+inline Vec<float> load(const BFloat16* p) { return reinterpret_cast<Vec<float>>(load_16_bits(p) << 16); }
 
 inline Vec<float> load(const Float16* p) {
 #if MOE_VECTOR_BYTES == 64
-  // maskz, because the unmasked intrinsic warns of an uninitialised value in GCC 12.
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return reinterpret_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, half));
 #elif defined(__F16C__)
@@ -70,8 +89,7 @@ inline void store(BFloat16* p, Vec<float> x) {
   const UInt bits = reinterpret_cast<UInt>(x);
   const UInt rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const UInt is_nan = reinterpret_cast<UInt>(x != x);
-  const UInt result = (is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded);
-  *reinterpret_cast<HalfUnaligned*>(p) = __builtin_convertvector(result, Half);
+  store_16_bits(p, (is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded));
 }
 
 inline void store(Float16* p, Vec<float> x) {
