@@ -1,0 +1,60 @@
+"""The README tells the truth: its example runs, and the places it names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def between(name):
+    found = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.DOTALL)
+    assert found is not None, f"README.md has no block {name}"
+    return found.group(1)
+
+
+def test_example_runs(capsys):
+    code = re.search(r"```python\n(.*?)```", between("example"), re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    assert "tokens per expert: [" in printed
+    assert "ISA" in printed
+
+
+def test_named_places_exist():
+    named = re.findall(r"^([\w/.]+/)", between("tree"), re.MULTILINE)
+    named += re.findall(r"`((?:python|tests|cpp)/[\w/.]+)`", README + (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 10
+    assert [place for place in named if not (ROOT / place).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]*)(?:#[\w-]+)?\)", text):
+        assert not target or (ROOT / target).is_file(), target
+    own = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= own
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`?make ([\w-]+)`?", between_code()))
+    assert {"bench", "test", "lint"} <= named <= targets
+
+
+def between_code():
+    """Commands: lines that start with make, and inline code."""
+    text = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"^make .*$|`make [\w-]+`", text, re.MULTILINE))
+
+
+def test_options_named_in_the_readme_exist():
+    from torch_moe.cli.shapes import SHAPES
+
+    shapes = re.search(r"--shape (\S+) .*# also (.*)$", README, re.MULTILINE)
+    named = {shapes.group(1), *(word.strip() for word in shapes.group(2).split(","))}
+    assert named <= set(SHAPES)
