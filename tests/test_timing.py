@@ -1,0 +1,51 @@
+"""Interleaved timing: every round has every candidate, none keeps its neighbour, statistics are what they say."""
+
+import time
+
+import pytest
+
+from torch_moe.testing.timing import Timing, interleave, noise
+
+
+def test_rounds_interleave_and_rotate():
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) or time.sleep(0.003) for name in "abc"}
+    timings = interleave(candidates, rounds=3)
+    warm_up, rounds = calls[:6], calls[6:]
+    assert sorted(warm_up) == list("aabbcc")
+    assert rounds == list("abc") + list("bca") + list("cab")
+    assert [len(timing.samples) for timing in timings.values()] == [3, 3, 3]
+
+
+def test_short_calls_are_repeated_and_divided():
+    timings = interleave({"short": lambda: time.sleep(0.0005)}, rounds=2, min_sample=0.005)
+    assert 0.0005 <= timings["short"].median < 0.004
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0.001, 3), (0.1, 10), (1000.0, 25)])
+def test_rounds_follow_the_budget(budget, rounds):
+    counted = []
+    interleave({"call": lambda: time.sleep(0.01)}, budget=budget, on_sample=lambda name, number: counted.append(number))
+    assert counted == list(range(len(counted)))
+    assert len(counted) in ({rounds} if budget != 0.1 else range(3, rounds + 1))
+
+
+def test_no_rounds_are_refused():
+    with pytest.raises(ValueError, match="interleave: rounds must be at least 1, got 0"):
+        interleave({}, rounds=0)
+
+
+def test_statistics():
+    timing = Timing((2.0, 4.0, 3.0, 100.0, 1.0))
+    assert timing.median == 3.0
+    assert timing.spread == pytest.approx(2 / 3)
+    assert Timing((5.0,)).spread == 0.0
+    assert noise({"a": timing, "b": Timing((1.0, 1.0)), "c": Timing((1.0, 1.0))}) == 0.0
+    assert noise({}) == 0.0
+
+
+def test_ratio_is_taken_round_by_round():
+    # Another process halves the machine's speed from the second round on: the ratio stays.
+    slowed = Timing((1.0, 2.0, 2.0))
+    assert slowed.ratio_to(Timing((2.0, 4.0, 4.0))) == 0.5
+    assert Timing((1.0, 4.0, 9.0)).ratio_to(Timing((1.0, 1.0, 1.0))) == 4.0
