@@ -64,17 +64,6 @@ def test_dropped_slots_are_left_out(device):
     assert ops.combine(**case, plan=plan).isfinite().all()
 
 
-def test_only_the_gradient_asked_for_is_given(device):
-    shape = SHAPES["unaligned"]
-    plan = make_plan(shape, device=device)
-    for wanted, other in (("rows", "topk_weights"), ("topk_weights", "rows")):
-        case = inputs(shape, torch.float32, device)
-        case[wanted].requires_grad_()
-        ops.combine(**case, plan=plan).sum().backward()
-        assert case[wanted].grad is not None
-        assert case[other].grad is None
-
-
 def test_is_the_transpose_of_permute(device):
     """<permute(x), y> == <x, combine(y)>, with fp64 for a sharp comparison."""
     plan = make_plan(SHAPES["unaligned"], device=device)

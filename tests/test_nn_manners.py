@@ -9,7 +9,7 @@ import torch
 from helpers import randn
 from torch.nn.utils import parametrize
 
-from torch_moe import MoE
+from torch_moe import MoE, ops
 
 H, I, E, K = 16, 24, 5, 2  # noqa: E741
 OPTIONS = {
@@ -66,6 +66,8 @@ def test_deepcopy_and_pickle(layer, x):
 
 def test_same_seed_same_layer(layer):
     before = {name: value.clone() for name, value in layer.state_dict().items()}
+    for value in layer.state_dict().values():
+        value.fill_(7)
     torch.manual_seed(0)
     layer.reset_parameters()
     for name, value in layer.state_dict().items():
@@ -111,6 +113,21 @@ def test_autocast(layer, x, device):
     # The router is fp32 in both, so the tokens go to the same experts and only rounding differs.
     eps = torch.finfo(torch.bfloat16).eps
     torch.testing.assert_close(output.float(), layer(x), rtol=0, atol=eps * 6 * layer(x).abs().max().item())
+
+
+def test_autocast_leaves_fp64_alone(layer, x, device):
+    layer.double()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        experts = layer.experts(*arguments(layer, x.double()))
+    assert torch.equal(experts, layer.experts(*arguments(layer, x.double())))
+    assert experts.dtype == torch.float64
+
+
+def arguments(layer, x):
+    """What the layer hands to its experts."""
+    tokens = x.view(-1, H)
+    _, weights, ids = layer.router(tokens)
+    return tokens, weights, ops.plan(ids, E)
 
 
 def test_checkpoint(layer, x):

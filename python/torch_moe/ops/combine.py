@@ -69,9 +69,7 @@ def _backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     rows, topk_weights, *maps = ctx.saved_tensors
     if topk_weights is None:
         return torch.ops.moe.permute(grad_output, *maps), None, None, None, None
-    grad_rows, grad_topk_weights = torch.ops.moe.combine_backward(grad_output, rows, topk_weights, *maps)
-    needs_rows, needs_weights = ctx.needs_input_grad[:2]
-    return grad_rows if needs_rows else None, grad_topk_weights if needs_weights else None, None, None, None
+    return *torch.ops.moe.combine_backward(grad_output, rows, topk_weights, *maps), None, None, None
 
 
 torch.library.register_autograd("moe::combine", _backward, setup_context=_setup_context)
