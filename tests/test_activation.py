@@ -22,7 +22,8 @@ def check(activation, options, pre_activation):
         lambda pre_activation: ops.activation(pre_activation, activation, **options),
         lambda pre_activation: reference.activation(pre_activation, activation, **options),
         {"pre_activation": pre_activation},
-        {"output": (1,), "pre_activation": (1, 1)},
+        # Elementwise steps: the exponential's argument and the product; with the slope's, and the output gradient's.
+        {"output": (1, 1), "pre_activation": (1, 1, 1)},
         pre_activation.dtype,
     )
 

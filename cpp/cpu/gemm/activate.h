@@ -56,6 +56,17 @@ inline Vec<Real> sigmoid(Vec<Real> x) {
   return Real(1) / (Real(1) + exp(-x));
 }
 
+// sigmoid(x) and its derivative s (1 - s), which as written cancels where s is near 1, and gelu_tanh multiplies by g^3.
+template <typename Real>
+struct SigmoidSlope {
+  Vec<Real> s, slope;
+  explicit SigmoidSlope(Vec<Real> x) {
+    const Vec<Real> e = exp(x > 0 ? -x : x), r = Real(1) / (Real(1) + e);
+    s = x > 0 ? r : e * r;
+    slope = e * r * r;
+  }
+};
+
 // erfc(x) for x >= 0 as exp(-x^2) t P(t), t = 1 / (1 + p x), the form of Abramowitz and Stegun 7.1.26; P fitted with
 // a relative error below 1.3e-8.
 inline Vec<float> erfc_nonnegative(Vec<float> x) {
@@ -92,8 +103,9 @@ struct SiLU {
   }
   template <typename Real>
   Vec<Real> slope(Vec<Real> g) const {
-    const Vec<Real> scaled = g * static_cast<Real>(alpha), s = sigmoid<Real>(scaled);
-    return s + scaled * s * (Real(1) - s);
+    const Vec<Real> scaled = g * static_cast<Real>(alpha);
+    const SigmoidSlope<Real> sigmoid(scaled);
+    return sigmoid.s + scaled * sigmoid.slope;
   }
 };
 struct GELU {
@@ -118,8 +130,8 @@ struct GELUTanh {  // (1 + tanh(x)) / 2 = sigmoid(2 x)
   }
   template <typename Real>
   Vec<Real> slope(Vec<Real> g) const {
-    const Vec<Real> s = sigmoid<Real>(kScale<Real> * (g + kCubic<Real> * g * g * g));
-    return s + g * s * (Real(1) - s) * (kScale<Real> * (Real(1) + Real(3) * kCubic<Real> * g * g));
+    const SigmoidSlope<Real> sigmoid(kScale<Real> * (g + kCubic<Real> * g * g * g));
+    return sigmoid.s + g * sigmoid.slope * (kScale<Real> * (Real(1) + Real(3) * kCubic<Real> * g * g));
   }
 };
 struct ReLU {
