@@ -67,14 +67,15 @@ class BlockGemm {
   // Scratch for blocks of up to `rows` rows, contracted width k, and c of up to `columns` columns.
   static size_t scratch_bytes(const Kernels<Storage>& kernels, int64_t rows, int64_t k, int64_t columns) {
     const int64_t panel = kernels.panel(), padded_rows = ceil_div(rows, panel) * panel;
-    return Arena::size_of_block<Real>(padded_rows * k) + Arena::size_of_block<Real>(staged_size(kernels)) +
-           Arena::size_of_block<Real>(padded_rows * columns) + Arena::size_of_block<const Real*>(rows);
+    return Arena::size_of_block<Real>(packed_size(kernels, padded_rows, k)) +
+           Arena::size_of_block<Real>(staged_size(kernels)) + Arena::size_of_block<Real>(padded_rows * columns) +
+           Arena::size_of_block<const Real*>(rows);
   }
 
   BlockGemm(const Kernels<Storage>& kernels, Arena& arena, int64_t rows, int64_t k, int64_t columns)
       : kernels_(kernels) {
     const int64_t panel = kernels.panel(), padded_rows = ceil_div(rows, panel) * panel;
-    packed_ = arena.take<Real>(padded_rows * k);
+    packed_ = arena.take<Real>(packed_size(kernels, padded_rows, k));
     staged_ = arena.take<Real>(staged_size(kernels));
     transposed_ = arena.take<Real>(padded_rows * columns);
     real_rows_ = arena.take<const Real*>(rows);
@@ -96,6 +97,7 @@ class BlockGemm {
       }
       return;
     }
+    if (kernel == GemmKernel::kDot) return pack_dot_rows(rows);
     for (int64_t i = 0; i < m; ++i) {
       if constexpr (std::is_same_v<Storage, Real>) {
         real_rows_[i] = rows[i];
@@ -132,25 +134,44 @@ class BlockGemm {
   static constexpr int64_t kPackedBytes = 1 << 20;
   static constexpr int64_t kDotBlock = 512, kTokensBlock = 1024, kColumnsBlock = 256;  // contracted elements at a time
 
+  static int64_t packed_size(const Kernels<Storage>& kernels, int64_t padded_rows, int64_t k) {
+    return padded_rows * k + kMaxDotProductRows * ceil_div(k, kDotBlock) * (kDotBlock + kernels.lanes);
+  }
   static int64_t staged_size(const Kernels<Storage>& kernels) {
     return std::max<int64_t>(kMaxTileRows * (kTokensBlock + kernels.lanes), kColumnsBlock * kernels.panel());
+  }
+
+  // Contracted elements at a time. Few rows: all, since the weight then comes from memory once. Else so many that a
+  // block of all rows stays in the first-level cache.
+  int64_t dot_block() const { return m_ <= kMaxDotRows ? k_ : kDotBlock; }
+  // NOTE: a row is one cache line longer than its block: at a power of two, all rows would fall into the same cache
+  // sets.
+  int64_t dot_row_size() const { return std::min(k_, dot_block()) + kernels_.lanes; }
+
+  // packed_: [blocks of k][m][dot_row_size]
+  void pack_dot_rows(const Storage* const* rows) {
+    Real* out = packed_;
+    for (int64_t k0 = 0; k0 < k_; k0 += dot_block()) {
+      const int64_t depth = std::min(dot_block(), k_ - k0);
+      for (int64_t i = 0; i < m_; ++i, out += dot_row_size()) kernels_.widen_row(rows[i] + k0, depth, out, 0);
+    }
   }
 
   void multiply_dot(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
     const int64_t tiles = ceil_div(m_, kMaxDotRows), largest = ceil_div(m_, tiles);
     const int64_t step = kernels_.dot_columns[largest - 1];
-    // Few rows: one pass, for memory. Else a block of all rows stays in the first-level cache.
-    const int64_t block = tiles == 1 ? k_ : kDotBlock;
+    const int64_t block = dot_block();
     const Storage* w[kMaxTileRows];
     const Real* a[kMaxDotRows];
-    for (int64_t k0 = 0; k0 < k_; k0 += block) {
+    const Real* packed = packed_;
+    for (int64_t k0 = 0; k0 < k_; k0 += block, packed += m_ * dot_row_size()) {
       const int64_t depth = std::min(block, k_ - k0);
       for (int64_t j = 0; j < count; j += step) {
         const int64_t columns = std::min(step, count - j);
         for (int64_t x = 0; x < columns; ++x) w[x] = weight.data + (begin + j + x) * weight.k + k0;
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t first = m_ * t / tiles, rows = m_ * (t + 1) / tiles - first;
-          for (int64_t x = 0; x < rows; ++x) a[x] = real_rows_[first + x] + k0;
+          for (int64_t x = 0; x < rows; ++x) a[x] = packed + (first + x) * dot_row_size();
           kernels_.dot(static_cast<int>(rows), static_cast<int>(columns), a, w, depth, c + first * ldc + j, ldc, k0 > 0,
                        step * weight.k);
         }
@@ -207,7 +228,7 @@ class BlockGemm {
   }
 
   const Kernels<Storage>& kernels_;
-  Real* packed_;      // kTokensInLanes: [panels][k][width]; else the widened rows [m][k]
+  Real* packed_;      // kTokensInLanes: [panels][k][width]; kDot: pack_dot_rows; kColumnsInLanes: widened rows [m][k]
   Real* staged_;      // a few widened weight rows, or a packed weight panel
   Real* transposed_;  // c^T of kTokensInLanes
   const Real** real_rows_;
