@@ -21,7 +21,7 @@ namespace moe {
 
 enum class GemmKernel : int8_t { kDot, kTokensInLanes, kColumnsInLanes };
 
-// The most rows that dot products serve better than packed panels: benchmarks/bench_crossover.py measures it.
+// The most rows that dot products serve better than packed panels; benchmarks/bench_grouped_gemm.py shows both sides.
 inline constexpr int64_t kMaxDotProductRows = 20;
 
 inline GemmKernel choose_gemm(WeightLayout layout, int64_t rows) {
