@@ -22,7 +22,7 @@ namespace moe {
 enum class GemmKernel : int8_t { kDot, kTokensInLanes, kColumnsInLanes };
 
 // The most rows that dot products serve better than packed panels; benchmarks/bench_grouped_gemm.py shows both sides.
-inline constexpr int64_t kMaxDotProductRows = 20;
+inline constexpr int64_t kMaxDotProductRows = 28;
 
 inline GemmKernel choose_gemm(WeightLayout layout, int64_t rows) {
   if (layout == WeightLayout::kInOut) return GemmKernel::kColumnsInLanes;
@@ -132,7 +132,8 @@ class BlockGemm {
 
  private:
   static constexpr int64_t kPackedBytes = 1 << 20;
-  static constexpr int64_t kDotBlock = 512, kTokensBlock = 1024, kColumnsBlock = 256;  // contracted elements at a time
+  static constexpr int64_t kDotBlock = 1024, kTokensBlock = 1024, kColumnsBlock = 256;
+  static_assert(kDotBlock <= kTokensBlock, "stage serves both");  // contracted elements at a time
 
   static int64_t packed_size(const Kernels<Storage>& kernels, int64_t padded_rows, int64_t k) {
     return padded_rows * k + kMaxDotProductRows * ceil_div(k, kDotBlock) * (kDotBlock + kernels.lanes);
@@ -162,43 +163,55 @@ class BlockGemm {
     const int64_t step = kernels_.dot_columns[largest - 1];
     const int64_t block = dot_block();
     const Storage* w[kMaxTileRows];
-    const Real* a[kMaxDotRows];
+    const Real *a[kMaxDotRows], *staged[kMaxTileRows];
     const Real* packed = packed_;
     for (int64_t k0 = 0; k0 < k_; k0 += block, packed += m_ * dot_row_size()) {
       const int64_t depth = std::min(block, k_ - k0);
       for (int64_t j = 0; j < count; j += step) {
         const int64_t columns = std::min(step, count - j);
         for (int64_t x = 0; x < columns; ++x) w[x] = weight.data + (begin + j + x) * weight.k + k0;
+        if (!std::is_same_v<Storage, Real> && tiles > 1) stage(w, columns, depth, step * weight.k, staged);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t first = m_ * t / tiles, rows = m_ * (t + 1) / tiles - first;
           for (int64_t x = 0; x < rows; ++x) a[x] = packed + (first + x) * dot_row_size();
-          kernels_.dot(static_cast<int>(rows), static_cast<int>(columns), a, w, depth, c + first * ldc + j, ldc, k0 > 0,
-                       step * weight.k);
+          Real* out = c + first * ldc + j;
+          if (!std::is_same_v<Storage, Real> && tiles > 1) {
+            kernels_.dot_real(static_cast<int>(rows), static_cast<int>(columns), a, staged, depth, out, ldc, k0 > 0, 0);
+          } else {
+            kernels_.dot(static_cast<int>(rows), static_cast<int>(columns), a, w, depth, out, ldc, k0 > 0,
+                         step * weight.k);
+          }
         }
       }
+    }
+  }
+
+  // Widens a few rows of the weight, once for all the tiles that read them.
+  void stage(const Storage* const* w, int64_t rows, int64_t depth, int64_t ahead, const Real** staged) {
+    for (int64_t x = 0; x < rows; ++x) {
+      Real* out = staged_ + x * (kTokensBlock + kernels_.lanes);
+      kernels_.widen_row(w[x], depth, out, ahead);
+      staged[x] = out;
     }
   }
 
   void multiply_tokens_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
     const int64_t width = vectors_ * kernels_.lanes, ld = panels_ * width;
     const int64_t step = kernels_.tile_rows(vectors_);
-    const Real* w[kMaxTileRows];
+    const Storage* w[kMaxTileRows];
+    const Real* staged[kMaxTileRows];
     for (int64_t k0 = 0; k0 < k_; k0 += kTokensBlock) {
       const int64_t depth = std::min(kTokensBlock, k_ - k0);
       for (int64_t j = 0; j < count; j += step) {
         const int64_t rows = std::min(step, count - j);
-        for (int64_t x = 0; x < rows; ++x) {
-          const Storage* row = weight.data + (begin + j + x) * weight.k + k0;
-          if constexpr (std::is_same_v<Storage, Real>) {
-            w[x] = row;
-          } else {
-            Real* staged = staged_ + x * (kTokensBlock + kernels_.lanes);
-            kernels_.widen_row(row, depth, staged, step * weight.k);
-            w[x] = staged;
-          }
+        for (int64_t x = 0; x < rows; ++x) w[x] = weight.data + (begin + j + x) * weight.k + k0;
+        if constexpr (std::is_same_v<Storage, Real>) {
+          std::copy_n(w, rows, staged);
+        } else {
+          stage(w, rows, depth, step * weight.k, staged);
         }
         for (int64_t p = 0; p < panels_; ++p) {
-          kernels_.outer(static_cast<int>(rows), vectors_, w, packed_ + (p * k_ + k0) * width, depth,
+          kernels_.outer(static_cast<int>(rows), vectors_, staged, packed_ + (p * k_ + k0) * width, depth,
                          transposed_ + j * ld + p * width, ld, k0 > 0, step * weight.k);
         }
       }

@@ -68,9 +68,12 @@ void dot_tile(int columns, const Wide<Storage>* const* a, const Storage* const* 
     store(sums + g * kLanes<Real>, group[0]);
   }
   for (int i = 0; i < Rows; ++i) {
-    for (int j = 0; j < columns; ++j) {
-      const Real sum = sums[i * kColumns + j];
-      c[i * ldc + j] = accumulate ? c[i * ldc + j] + sum : sum;
+    Real* out = c + i * ldc;
+    const Real* sum = sums + i * kColumns;
+    if (accumulate) {
+      for (int j = 0; j < columns; ++j) out[j] += sum[j];
+    } else {
+      std::copy_n(sum, columns, out);
     }
   }
 }

@@ -40,6 +40,9 @@ struct Kernels {
   // c[i, j] (+)= <a[i], w[j]> over k elements, for i < rows and j < columns <= dot_columns[rows - 1].
   void (*dot)(int rows, int columns, const Real* const* a, const Storage* const* w, int64_t k, Real* c, int64_t ldc,
               bool accumulate, int64_t ahead);
+  // The same with w widened already.
+  void (*dot_real)(int rows, int columns, const Real* const* a, const Real* const* w, int64_t k, Real* c, int64_t ldc,
+                   bool accumulate, int64_t ahead);
 
   // q[x, i] = rows[i][x] for x < k and i < m; columns m .. width of q are zero.
   void (*pack_transposed)(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Real* q);

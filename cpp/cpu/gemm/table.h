@@ -20,6 +20,7 @@ const Kernels<Storage>& table() {
       .dot_columns = {kDotColumns<1>, kDotColumns<2>, kDotColumns<3>, kDotColumns<4>},
       .outer = outer<Real>,
       .dot = dot<Storage>,
+      .dot_real = dot<Real>,
       .pack_transposed = pack_transposed<Storage>,
       .pack = pack<Storage>,
       .transpose = transpose<Real>,
