@@ -38,7 +38,7 @@ std::vector<Problem> problems() {
       {"no_intermediate", 4, 3, 2, 5, 0, draw(4, 2, 0, 3)},
       {"many_slots", 9000, 3, 2, 3, 2, draw(9000, 2, 0, 3)},
   };
-  Problem dropped{"dropped_slots", 21, 5, 3, 19, 7, draw(21, 3, 0, 5)};
+  Problem dropped{"dropped_slots", 21, 5, 3, 31, 7, draw(21, 3, 0, 5)};
   for (size_t i = 0; i < dropped.topk_ids.size(); i += 4) dropped.topk_ids[i] = kExtremes[i / 4 % std::size(kExtremes)];
   all.push_back(dropped);
   return all;

@@ -201,14 +201,41 @@ TEST(route_of_nan_and_infinity) {
   }
 }
 
+// NaN comes after every number, also after -infinity by its id, in the short and in the long selection.
+TEST(route_of_nan_comes_last) {
+  const auto ids = [](const std::vector<double>& logits, int64_t k) {
+    return run_route<double>(logits, {}, static_cast<int64_t>(logits.size()), k, kSwitchDefault).ids;
+  };
+  CHECK((ids({kNan, 1, 3, kNan, 2}, 3) == std::vector<int32_t>{2, 4, 1}));
+  CHECK((ids({kNan, 1, 3, kNan, 2}, 5) == std::vector<int32_t>{2, 4, 1, 0, 3}));
+  std::vector<double> logits(40, kNan);
+  std::vector<int32_t> expected;
+  for (int32_t e = 39; e > 0; e -= 2) {
+    logits[e] = e;
+    expected.push_back(e);
+  }
+  CHECK(ids(logits, 20) == expected);
+}
+
+// A group whose two best are infinity and -infinity has no sum; it must not win.
+TEST(route_of_groups_without_a_sum) {
+  RouteOptions o = kSwitchDefault;
+  o.score_order = ScoreOrder::kTopKThenScore;  // choose by the logits themselves
+  o.num_groups = 4;
+  o.topk_groups = 2;
+  const auto routed = run_route<double>({kInf, -kInf, 1, 2, 5, 6, 3, 4}, {}, 8, 2, o);
+  CHECK((routed.ids == std::vector<int32_t>{5, 4}));
+}
+
 TEST(route_backward_ignores_ids_out_of_range) {
-  const std::vector<int32_t> ids{-1, 3, 900, std::numeric_limits<int32_t>::min(), 0, 3};  // more than E, repeated
-  const auto logits = random_values<double>(4, 1), grad = random_values<double>(6, 2);
+  // More choices than experts, with repetitions.
+  const std::vector<int32_t> ids{-1, 3, 900, std::numeric_limits<int32_t>::min(), 0, 3, 1, 2, 1, 0};
+  const auto logits = random_values<double>(4, 1), grad = random_values<double>(10, 2);
   for (const auto function : {ScoreFunction::kSoftmax, ScoreFunction::kSigmoid}) {
     for (const auto order : {ScoreOrder::kScoreThenTopK, ScoreOrder::kTopKThenScore}) {
       auto grad_logits = unwritten<double>(4);
       const RouteOptions o{function, order, true, 1, 1, 1, false};
-      route_backward_cpu({grad_logits.data(), grad.data(), logits.data(), ids.data(), 1, 4, 6, DType::kFloat64, o},
+      route_backward_cpu({grad_logits.data(), grad.data(), logits.data(), ids.data(), 1, 4, 10, DType::kFloat64, o},
                          kPool<1>);
       for (const double g : grad_logits) CHECK(std::isfinite(g));
     }
