@@ -16,7 +16,10 @@ bool forward(const ExpertsArgs& args, const ThreadPool& pool) {
   const Experts<Storage> experts(args.layer);
   const std::vector<Storage> zeros(static_cast<size_t>(experts.hidden));
   Storage* saved = static_cast<Storage*>(args.pre_activation);
-  if (saved != nullptr) zero_unowned_rows(experts, experts.pre_activation, saved);
+  if (saved != nullptr) {
+    advise_huge_pages(saved, static_cast<size_t>(experts.rows * experts.pre_activation) * sizeof(Storage));
+    zero_unowned_rows(experts, experts.pre_activation, saved);
+  }
 
   // 1. H and A, X gathered on the way.
   const Scratch<Storage> activated(experts.rows * experts.intermediate);

@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 
+#include "huge_pages.h"
 #include "moe/types.h"
 
 namespace moe {
@@ -53,7 +54,9 @@ void parallel_for(const ThreadPool& pool, int64_t n, int64_t grain, const Fn& fn
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t n) : data_(new (std::nothrow) T[static_cast<size_t>(n)]) {}
+  explicit Scratch(int64_t n) : data_(new (std::nothrow) T[static_cast<size_t>(n)]) {
+    if (data_) advise_huge_pages(data_.get(), static_cast<size_t>(n) * sizeof(T));
+  }
   explicit operator bool() const { return data_ != nullptr; }
   T* get() const { return data_.get(); }
 

@@ -57,10 +57,13 @@ class BlockGemm {
  public:
   using Real = Wide<Storage>;
 
-  // Rows per block: what fits, packed, beside the other operand in the second-level cache.
+  // Rows per block: as many as leave room for the other operand in the second-level cache, a block of k at a time.
   static int64_t max_rows(const Kernels<Storage>& kernels, int64_t k) {
+    const auto rows_in = [](int64_t bytes, int64_t width) {
+      return bytes / (std::max<int64_t>(width, 1) * static_cast<int64_t>(sizeof(Real)));
+    };
     const int64_t panel = kernels.panel();
-    const int64_t fit = kPackedBytes / (std::max<int64_t>(k, 1) * static_cast<int64_t>(sizeof(Real)));
+    const int64_t fit = std::min(rows_in(kCachedBytes, std::min(k, kTokensBlock)), rows_in(kPackedBytes, k));
     return std::clamp(fit / panel * panel, panel, 4 * panel);
   }
 
@@ -131,15 +134,15 @@ class BlockGemm {
   }
 
  private:
-  static constexpr int64_t kPackedBytes = 1 << 20;
-  static constexpr int64_t kDotBlock = 1024, kTokensBlock = 1024, kColumnsBlock = 256;
-  static_assert(kDotBlock <= kTokensBlock, "stage serves both");  // contracted elements at a time
+  static constexpr int64_t kCachedBytes = 512 << 10, kPackedBytes = 4 << 20;
+  static constexpr int64_t kDotBlock = 1024, kTokensBlock = 512, kColumnsBlock = 256;
+  static constexpr int64_t kStagedRow = std::max(kDotBlock, kTokensBlock);  // contracted elements at a time
 
   static int64_t packed_size(const Kernels<Storage>& kernels, int64_t padded_rows, int64_t k) {
     return padded_rows * k + kMaxDotProductRows * ceil_div(k, kDotBlock) * (kDotBlock + kernels.lanes);
   }
   static int64_t staged_size(const Kernels<Storage>& kernels) {
-    return std::max<int64_t>(kMaxTileRows * (kTokensBlock + kernels.lanes), kColumnsBlock * kernels.panel());
+    return std::max<int64_t>(kMaxTileRows * (kStagedRow + kernels.lanes), kColumnsBlock * kernels.panel());
   }
 
   // Contracted elements at a time. Few rows: all, since the weight then comes from memory once. Else so many that a
@@ -159,8 +162,9 @@ class BlockGemm {
   }
 
   void multiply_dot(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
-    const int64_t tiles = ceil_div(m_, kMaxDotRows), largest = ceil_div(m_, tiles);
-    const int64_t step = kernels_.dot_columns[largest - 1];
+    // Whole tiles and a rest, not even tiles: a tile of fewer rows has more columns than the others can share.
+    const int64_t tiles = ceil_div(m_, kMaxDotRows);
+    const int64_t step = kernels_.dot_columns[std::min(m_, kMaxDotRows) - 1];
     const int64_t block = dot_block();
     const Storage* w[kMaxTileRows];
     const Real *a[kMaxDotRows], *staged[kMaxTileRows];
@@ -172,7 +176,7 @@ class BlockGemm {
         for (int64_t x = 0; x < columns; ++x) w[x] = weight.data + (begin + j + x) * weight.k + k0;
         if (!std::is_same_v<Storage, Real> && tiles > 1) stage(w, columns, depth, step * weight.k, staged);
         for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t first = m_ * t / tiles, rows = m_ * (t + 1) / tiles - first;
+          const int64_t first = t * kMaxDotRows, rows = std::min(kMaxDotRows, m_ - first);
           for (int64_t x = 0; x < rows; ++x) a[x] = packed + (first + x) * dot_row_size();
           Real* out = c + first * ldc + j;
           if (!std::is_same_v<Storage, Real> && tiles > 1) {
@@ -189,7 +193,7 @@ class BlockGemm {
   // Widens a few rows of the weight, once for all the tiles that read them.
   void stage(const Storage* const* w, int64_t rows, int64_t depth, int64_t ahead, const Real** staged) {
     for (int64_t x = 0; x < rows; ++x) {
-      Real* out = staged_ + x * (kTokensBlock + kernels_.lanes);
+      Real* out = staged_ + x * (kStagedRow + kernels_.lanes);
       kernels_.widen_row(w[x], depth, out, ahead);
       staged[x] = out;
     }
