@@ -1,5 +1,9 @@
 """explain: what it says is what the extension does."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -25,6 +29,21 @@ def test_names_the_kernel_of_each_number_of_rows(weight_layout):
 
 def test_follows_the_isa(isa):
     assert f"ISA: {isa} " in torch_moe.explain()
+
+
+def test_says_when_the_forced_isa_is_missing(monkeypatch):
+    assert "was ignored" not in torch_moe.explain()
+    monkeypatch.setenv("MOE_ISA", "mmx")
+    assert "MOE_ISA=mmx was ignored" in torch_moe.explain()
+
+
+@pytest.mark.parametrize("forced", _C.available_isas())
+def test_moe_isa_forces_the_isa(forced):
+    code = "import torch_moe; print(torch_moe._C.isa())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"MOE_ISA": forced}, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == forced
 
 
 def test_unknown_isa_is_refused():

@@ -1,5 +1,6 @@
 """explain: which kernels run here, in words."""
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -30,5 +31,8 @@ def explain(rows_per_expert: Iterable[int] = (1, 8, 64, 512), weight_layout: str
         f"threads: {_C.num_threads()}",
         "dtypes: float32, bfloat16 and float16 accumulate in float32; float64 in float64",
     ]
+    forced = os.environ.get("MOE_ISA", _C.isa())
+    if forced not in _C.available_isas():
+        lines.append(f"MOE_ISA={forced} was ignored: this build or this processor has no such instruction set")
     lines += [f"grouped_gemm, {m} rows, {weight_layout}: {_C.kernel(m, weight_layout)}" for m in rows_per_expert]
     return "\n".join(lines)
