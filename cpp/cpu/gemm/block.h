@@ -90,13 +90,11 @@ class BlockGemm {
     k_ = k;
     kernel_ = kernel;
     if (kernel == GemmKernel::kTokensInLanes) {
-      const int64_t widest = kernels_.panel();
-      panels_ = ceil_div(m, widest);
-      vectors_ = static_cast<int>(ceil_div(ceil_div(m, panels_), kernels_.lanes));
-      const int64_t width = vectors_ * kernels_.lanes;
+      vectors_ = ceil_div(m, kernels_.lanes);
+      panels_ = ceil_div(vectors_, kernels_.tile_vectors);
       for (int64_t p = 0; p < panels_; ++p) {
-        const int64_t first = p * width;
-        kernels_.pack_transposed(rows + first, std::max<int64_t>(m - first, 0), k, width, packed_ + p * width * k);
+        const int64_t first = panel_begin(p) * kernels_.lanes, width = panel_begin(p + 1) * kernels_.lanes - first;
+        kernels_.pack_transposed(rows + first, m - first, k, width, packed_ + first * k);
       }
       return;
     }
@@ -190,6 +188,10 @@ class BlockGemm {
     }
   }
 
+  // The rows fill vectors_ vectors, shared among the panels as evenly as whole vectors allow: 145 rows are 4 + 3 + 3
+  // vectors of 16, where three equal panels would compute 192 rows.
+  int64_t panel_begin(int64_t panel) const { return vectors_ * panel / panels_; }
+
   // Widens a few rows of the weight, once for all the tiles that read them.
   void stage(const Storage* const* w, int64_t rows, int64_t depth, int64_t ahead, const Real** staged) {
     for (int64_t x = 0; x < rows; ++x) {
@@ -200,8 +202,8 @@ class BlockGemm {
   }
 
   void multiply_tokens_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
-    const int64_t width = vectors_ * kernels_.lanes, ld = panels_ * width;
-    const int64_t step = kernels_.tile_rows(vectors_);
+    const int64_t ld = vectors_ * kernels_.lanes;
+    const int64_t step = kernels_.tile_rows(ceil_div(vectors_, panels_));
     const Storage* w[kMaxTileRows];
     const Real* staged[kMaxTileRows];
     for (int64_t k0 = 0; k0 < k_; k0 += kTokensBlock) {
@@ -215,8 +217,10 @@ class BlockGemm {
           stage(w, rows, depth, step * weight.k, staged);
         }
         for (int64_t p = 0; p < panels_; ++p) {
-          kernels_.outer(static_cast<int>(rows), vectors_, staged, packed_ + (p * k_ + k0) * width, depth,
-                         transposed_ + j * ld + p * width, ld, k0 > 0, step * weight.k);
+          const int64_t first = panel_begin(p) * kernels_.lanes, vectors = panel_begin(p + 1) - panel_begin(p);
+          const Real* q = packed_ + first * k_ + k0 * vectors * kernels_.lanes;
+          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), staged, q, depth,
+                         transposed_ + j * ld + first, ld, k0 > 0, step * weight.k);
         }
       }
     }
@@ -245,12 +249,12 @@ class BlockGemm {
   }
 
   const Kernels<Storage>& kernels_;
-  Real* packed_;      // kTokensInLanes: [panels][k][width]; kDot: pack_dot_rows; kColumnsInLanes: widened rows [m][k]
+  Real* packed_;      // kTokensInLanes: panels [k][width], one after the other; kDot: pack_dot_rows; kColumnsInLanes:
+                      // widened rows [m][k]
   Real* staged_;      // a few widened weight rows, or a packed weight panel
   Real* transposed_;  // c^T of kTokensInLanes
   const Real** real_rows_;
-  int64_t m_ = 0, k_ = 0, panels_ = 0;
-  int vectors_ = 0;
+  int64_t m_ = 0, k_ = 0, panels_ = 0, vectors_ = 0;
   GemmKernel kernel_ = GemmKernel::kDot;
 };
 
