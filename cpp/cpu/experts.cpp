@@ -1,9 +1,5 @@
 #include "moe/experts.h"
 
-#include <cstring>
-#include <memory>
-#include <new>
-
 #include "experts.h"
 #include "gate_up.h"
 #include "reduce_to_tokens.h"

@@ -1,6 +1,3 @@
-#include <cstring>
-#include <memory>
-
 #include "experts.h"
 #include "gate_up.h"
 #include "gemm/bgrad.h"

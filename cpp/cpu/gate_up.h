@@ -1,8 +1,6 @@
 // The first half of the fused path: H = W1 X (+ b1), and A = act(H), either of which may be left out.
 #pragma once
 
-#include <memory>
-
 #include "experts.h"
 #include "units.h"
 

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "experts.h"
 #include "units.h"
