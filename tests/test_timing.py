@@ -1,5 +1,6 @@
 """Interleaved timing: every round has every candidate, none keeps its neighbour, statistics are what they say."""
 
+import itertools
 import time
 
 import pytest
@@ -49,3 +50,31 @@ def test_ratio_is_taken_round_by_round():
     slowed = Timing((1.0, 2.0, 2.0))
     assert slowed.ratio_to(Timing((2.0, 4.0, 4.0))) == 0.5
     assert Timing((1.0, 4.0, 9.0)).ratio_to(Timing((1.0, 1.0, 1.0))) == 4.0
+
+
+def test_prepared_candidates_are_single_calls_each_after_its_preparation():
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) for name in "ab"}
+    timings = interleave(candidates, rounds=2, min_sample=1e-5, prepare={"a": lambda: calls.append("empty caches")})
+    rounds = [name for name, _ in itertools.groupby(calls[4:])]
+    assert calls.count("a") == 2 + 2
+    assert calls.count("b") > 2 + 2
+    assert rounds == ["empty caches", "a", "b", "empty caches", "a"]
+    assert timings["a"].noise == ()
+
+
+def test_the_quietest_samples_count():
+    timing = Timing((5.0, 1.0, 9.0, 2.0, 7.0), (0.5, 0.1, 0.9, 0.2, 0.3))
+    assert timing.quietest() == Timing((1.0, 2.0, 7.0), (0.1, 0.2, 0.3))
+    assert timing.quietest(share=0.2, least=1) == Timing((1.0,), (0.1,))
+    assert timing.quietest(least=99) == timing
+    assert Timing((3.0, 4.0)).quietest() == Timing((3.0, 4.0))
+
+
+def test_samples_are_observed():
+    def observe(sample):
+        return 2 * sample(), 0.25
+
+    timings = interleave({"a": lambda: time.sleep(0.002)}, rounds=3, observe=observe)
+    assert timings["a"].noise == (0.25,) * 3
+    assert timings["a"].median > 0.004

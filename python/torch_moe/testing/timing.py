@@ -7,10 +7,15 @@ Medians are compared, and ratios are taken round by round before their median.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+
+# Runs a function that returns seconds per call; returns that, and an estimate of how much the machine was disturbed.
+Observe = Callable[[Callable[[], float]], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,12 @@ class Timing:
     ----------
     samples : tuple of float
         Seconds per call.
+    noise : tuple of float, default=()
+        Per sample, the share of the machine that it did not get; empty where nobody estimated it.
     """
 
     samples: tuple[float, ...]
+    noise: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -37,6 +45,27 @@ class Timing:
             return 0.0
         lower, _, upper = statistics.quantiles(self.samples, n=4, method="inclusive")
         return (upper - lower) / self.median
+
+    def quietest(self, share: float = 0.5, least: int = 3) -> Timing:
+        """Return the samples with the least noise, in their order.
+
+        Parameters
+        ----------
+        share : float, default=0.5
+            How many of the samples to keep, rounded up.
+        least : int, default=3
+            Keep at least so many, or all that there are.
+
+        Returns
+        -------
+        Timing
+            Itself where no noise was estimated.
+        """
+        if not self.noise:
+            return self
+        count = min(len(self.samples), max(least, math.ceil(share * len(self.samples))))
+        kept = sorted(sorted(range(len(self.samples)), key=self.noise.__getitem__)[:count])
+        return Timing(tuple(self.samples[i] for i in kept), tuple(self.noise[i] for i in kept))
 
     def ratio_to(self, other: Timing) -> float:
         """Return the median over rounds of this sample over the other's of the same round."""
@@ -66,6 +95,8 @@ def interleave(
     budget: float = 10.0,
     min_sample: float = 0.002,
     on_sample: Callable[[str, int], None] | None = None,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+    observe: Observe | None = None,
 ) -> dict[str, Timing]:
     """Time candidates interleaved, after one call of each to warm up and one to choose the calls per sample.
 
@@ -81,6 +112,10 @@ def interleave(
         A sample repeats a call until it lasts about this many seconds, far above the clock's resolution.
     on_sample : callable or None, default=None
         Called with the candidate's name and the number of the round before each sample (progress display).
+    prepare : mapping of str to callable, default=None
+        What to do before each sample of a candidate, untimed; its samples are single calls (emptied caches).
+    observe : callable or None, default=None
+        Runs each sample and estimates its noise: :class:`torch_moe.testing.quiet.Quiet`.
 
     Returns
     -------
@@ -94,21 +129,33 @@ def interleave(
     """
     if rounds is not None and rounds < 1:
         raise ValueError(f"interleave: rounds must be at least 1, got {rounds}")
+    prepare = prepare or {}
     first = {name: _sample(call, 1) for name, call in candidates.items()}
     warm = {name: min(first[name], _sample(call, 1)) for name, call in candidates.items()}
-    calls = {name: max(1, round(min_sample / max(seconds, 1e-9))) for name, seconds in warm.items()}
+    calls = {
+        name: 1 if name in prepare else max(1, round(min_sample / max(seconds, 1e-9))) for name, seconds in warm.items()
+    }
     per_round = sum(warm[name] * calls[name] for name in candidates)
     count = rounds if rounds is not None else max(3, min(25, int(budget / max(per_round, 1e-9))))
 
     samples: dict[str, list[float]] = {name: [] for name in candidates}
+    noise: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     for number in range(count):
         start = number % max(1, len(names))
         for name in names[start:] + names[:start]:
             if on_sample is not None:
                 on_sample(name, number)
-            samples[name].append(_sample(candidates[name], calls[name]))
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+            if name in prepare:
+                prepare[name]()
+            sample = partial(_sample, candidates[name], calls[name])
+            if observe is None:
+                samples[name].append(sample())
+            else:
+                seconds, disturbed = observe(sample)
+                samples[name].append(seconds)
+                noise[name].append(disturbed)
+    return {name: Timing(tuple(samples[name]), tuple(noise[name])) for name in candidates}
 
 
 def _sample(call: Callable[[], object], calls: int) -> float:

@@ -1,0 +1,111 @@
+"""Quiet samples: the real-time class holds for the call and no longer, and noise is the share of the machine lost."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from torch_moe.testing import quiet
+from torch_moe.testing.quiet import Quiet, realtime, seconds_waited, thread_ids
+
+linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="/proc/self/task is absent")
+
+
+@pytest.fixture
+def scheduler(monkeypatch):
+    """A scheduler that permits everything and remembers the class of each of two threads."""
+    classes = {11: os.SCHED_OTHER, 12: os.SCHED_BATCH}
+    monkeypatch.setattr(quiet, "thread_ids", lambda: list(classes))
+    monkeypatch.setattr(quiet.os, "sched_getscheduler", classes.get)
+    monkeypatch.setattr(quiet.os, "sched_getparam", lambda thread: os.sched_param(0))
+    monkeypatch.setattr(quiet.os, "sched_setscheduler", lambda thread, policy, _: classes.update({thread: policy}))
+    return classes
+
+
+def test_all_threads_are_realtime_inside_and_as_before_outside(scheduler):
+    with realtime() as refused:
+        assert refused is None
+        assert set(scheduler.values()) == {os.SCHED_FIFO}
+    assert scheduler == {11: os.SCHED_OTHER, 12: os.SCHED_BATCH}
+
+
+def test_classes_come_back_after_an_error(scheduler):
+    with pytest.raises(ZeroDivisionError), realtime():
+        raise ZeroDivisionError
+    assert scheduler == {11: os.SCHED_OTHER, 12: os.SCHED_BATCH}
+
+
+def test_refusal_is_told_and_samples_run_all_the_same(scheduler, monkeypatch):
+    def refuse(thread, policy, parameter):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(quiet.os, "sched_setscheduler", refuse)
+    run = Quiet(lambda: 1.0, realtime=True)
+    assert run.refused == "SCHED_FIFO refused (Operation not permitted)"
+    assert run(lambda: 3.0)[0] == 3.0
+
+
+def test_a_thread_that_stays_outside_is_told(scheduler, monkeypatch):
+    monkeypatch.setattr(quiet.os, "sched_setscheduler", lambda thread, policy, _: scheduler.update({11: policy}))
+    with realtime() as refused:
+        assert refused == "1 of 2 threads stayed outside SCHED_FIFO"
+
+
+def test_only_samples_and_spins_are_realtime(scheduler):
+    seen = []
+    run = Quiet(lambda: seen.append(scheduler[11]) or 1.0, realtime=True)
+    assert run.refused is None
+    seen.clear()
+    run(lambda: seen.append(scheduler[12]) or 0.1)
+    assert seen == [os.SCHED_FIFO] * 3  # spin, sample, spin
+    Quiet(lambda: seen.append(scheduler[11]) or 1.0)(lambda: 1.0)
+    assert seen[3:] == [os.SCHED_OTHER] * 3
+
+
+@linux
+def test_threads_are_those_of_the_process():
+    before, release = thread_ids(), threading.Event()
+    thread = threading.Thread(target=release.wait)
+    thread.start()
+    assert len(thread_ids()) == len(before) + 1
+    assert thread.native_id in thread_ids()
+    release.set()
+    thread.join()
+
+
+def test_a_machine_of_ones_own_has_no_noise(monkeypatch):
+    monkeypatch.setattr(quiet, "seconds_waited", lambda: 0.0)
+    monkeypatch.setattr(quiet, "seconds_stolen", lambda: 0.0)
+    assert Quiet(lambda: 100.0)(lambda: 2.0) == (2.0, 0.0)
+
+
+def test_noise_is_the_share_lost_to_processes_guests_and_clock(monkeypatch):
+    def noise(waited=0.0, stolen=0.0, rates=(100.0,) * 3):
+        waits, steals, spins = iter((0.0, waited)), iter((0.0, stolen)), iter(rates)
+        monkeypatch.setattr(quiet, "seconds_waited", lambda: next(waits))
+        monkeypatch.setattr(quiet, "seconds_stolen", lambda: next(steals))
+        return Quiet(lambda: next(spins))(lambda: time.sleep(0.05) or 0.05)[1]
+
+    assert noise(waited=0.025) == pytest.approx(0.5, abs=0.1)
+    assert noise(stolen=0.0125) == pytest.approx(0.25, abs=0.1)
+    assert noise(rates=(100.0, 90.0, 60.0)) == pytest.approx(0.4)  # the slower of both spins
+    assert noise(rates=(50.0, 100.0, 100.0)) == 0.0  # the best rate is the machine's
+    assert noise(waited=0.025, rates=(100.0, 50.0, 50.0)) == pytest.approx(0.75, abs=0.1)
+    assert noise(waited=9.0) == 1.0
+
+
+@linux
+@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="this kernel counts no waiting time")
+def test_threads_that_compete_for_one_core_wait():
+    allowed = os.sched_getaffinity(0)
+    start, stop = seconds_waited(), time.perf_counter() + 0.1
+    os.sched_setaffinity(0, {min(allowed)})
+    child = os.fork()
+    while time.perf_counter() < stop:
+        pass
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.sched_setaffinity(0, allowed)
+    assert seconds_waited() - start > 0.01
