@@ -97,9 +97,9 @@ def wrong_gradient(hidden_states, *arguments):
     return baselines.loop_over_experts(hidden_states.detach(), *arguments) + 0 * hidden_states
 
 
-def wrong_weight_gradient(hidden_states, weights, *arguments):
+def wrong_weight_gradient(hidden_states, topk_weights, topk_ids, weights, shape):
     frozen = replace(weights, down_proj=weights.down_proj.detach() + 0 * weights.down_proj)
-    return baselines.loop_over_experts(hidden_states, frozen, *arguments)
+    return baselines.loop_over_experts(hidden_states, topk_weights, topk_ids, frozen, shape)
 
 
 @pytest.mark.parametrize("wrong", [wrong_output, wrong_gradient, wrong_weight_gradient])

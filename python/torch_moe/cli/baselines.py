@@ -145,14 +145,17 @@ def _merge_gate_up(tensor: torch.Tensor, num_experts: int, shape: LayerShape) ->
 
 
 def loop_over_experts(
-    hidden_states: torch.Tensor, weights: Weights, shape: LayerShape, forced_ids: torch.Tensor | None = None
+    hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    weights: Weights,
+    shape: LayerShape,
 ) -> torch.Tensor:
     """Run the experts one after the other on the tokens that chose them.
 
     The weights are unbound once: indexing them inside the loop would make the backward write a whole zero tensor
     per expert.
     """
-    topk_weights, topk_ids = route(hidden_states, weights, shape, forced_ids)
     nothing = (None,) * shape.num_experts
     gate_up_bias = nothing if weights.gate_up_bias is None else weights.gate_up_bias.unbind()
     down_bias = nothing if weights.down_bias is None else weights.down_bias.unbind()
@@ -169,10 +172,13 @@ def loop_over_experts(
 
 
 def grouped_mm(
-    hidden_states: torch.Tensor, weights: Weights, shape: LayerShape, forced_ids: torch.Tensor | None = None
+    hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    weights: Weights,
+    shape: LayerShape,
 ) -> torch.Tensor:
     """Sort the rows by expert and call `torch.nn.functional.grouped_mm` twice."""
-    topk_weights, topk_ids = route(hidden_states, weights, shape, forced_ids)
     sorted_ids, order = topk_ids.flatten().sort(stable=True)
     offsets = torch.bincount(sorted_ids, minlength=shape.num_experts).cumsum(0, dtype=torch.int32)
     rows = hidden_states.index_select(0, order // shape.top_k)

@@ -25,7 +25,9 @@ LABELS = {
     LOOP: "loop over experts",
     GROUPED_MM: "torch grouped_mm",
 }
-# These compute the same function as the layer, router included.
+# (hidden_states, topk_weights, topk_ids) -> output
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# These compute the same function as the layer, router included unless the routing is given.
 EQUAL_TO_MOE = (TORCH_MOE, LOOP, GROUPED_MM)
 
 
@@ -82,16 +84,27 @@ def make_candidates(problem: Problem, *, only: tuple[str, ...] | None = None) ->
     shape, weights, size = problem.shape, problem.weights, problem.hidden_states.element_size()
     skipped: dict[str, str] = {}
 
-    def moe(name: str, forward: Callable[[torch.Tensor], torch.Tensor]) -> Candidate:
-        one, two = (moe_work(shape, problem.tokens_per_expert, size, backward=backward) for backward in (False, True))
+    def moe(name: str, forward: Callable[[torch.Tensor], torch.Tensor], experts: Experts) -> Candidate:
+        given = problem.given_routing
+        one, two = (
+            moe_work(shape, problem.tokens_per_expert, size, backward=backward, given_routing=given)
+            for backward in (False, True)
+        )
+        _, *expert_parameters = weights.trainable()
         return Candidate(
             name=name,
             num_experts=shape.num_experts,
-            forward=forward,
-            parameters=weights.trainable(),
+            forward=(lambda x: experts(x, problem.topk_weights, problem.topk_ids)) if given else forward,
+            parameters=(problem.topk_weights, *expert_parameters) if given else weights.trainable(),
             work=one,
             work_with_backward=two,
         )
+
+    def in_torch(name: str, function: Callable[..., torch.Tensor]) -> Candidate:
+        def experts(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+            return function(x, topk_weights, topk_ids, weights, shape)
+
+        return moe(name, lambda x: experts(x, *baselines.route(x, weights, shape, problem.forced_ids)), experts)
 
     def dense(name: str, parts: list[baselines.DenseWeights], num_experts: int) -> Candidate:
         def forward(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -113,13 +126,13 @@ def make_candidates(problem: Problem, *, only: tuple[str, ...] | None = None) ->
 
     def build(name: str) -> Candidate | None:
         if name == TORCH_MOE:
-            return moe(name, problem.forward)
+            return moe(name, problem.forward, problem.forward_routed)
         if name == LOOP:
-            return moe(name, lambda x: baselines.loop_over_experts(x, weights, shape, problem.forced_ids))
+            return in_torch(name, baselines.loop_over_experts)
         if name == GROUPED_MM:
             reason = baselines.why_not_grouped_mm(problem.hidden_states.dtype)
             if reason is None:
-                return moe(name, lambda x: baselines.grouped_mm(x, weights, shape, problem.forced_ids))
+                return in_torch(name, baselines.grouped_mm)
         elif name == K_DENSE:
             return dense(name, baselines.split_experts(weights, shape.top_k), shape.top_k)
         elif name == DENSE_ACTIVE:

@@ -72,7 +72,14 @@ def _matmul_gflops(dtype: torch.dtype) -> float:
     return 2e-9 * MATMUL_SIZE**3 / fastest
 
 
-def moe_work(shape: LayerShape, tokens_per_expert: tuple[int, ...], element_size: int, *, backward: bool) -> Work:
+def moe_work(
+    shape: LayerShape,
+    tokens_per_expert: tuple[int, ...],
+    element_size: int,
+    *,
+    backward: bool,
+    given_routing: bool = False,
+) -> Work:
     """Count the operations and bytes of one call of the MoE layer.
 
     Parameters
@@ -85,9 +92,12 @@ def moe_work(shape: LayerShape, tokens_per_expert: tuple[int, ...], element_size
         Bytes per weight.
     backward : bool
         Whether the call is forward and backward, or the forward alone.
+    given_routing : bool, default=False
+        Whether the router's work is left out.
     """
     hit = sum(count > 0 for count in tokens_per_expert)
-    flops = _ffn_flops(shape, sum(tokens_per_expert)) + 2.0 * shape.num_tokens * shape.hidden_size * shape.num_experts
+    router_flops = 0.0 if given_routing else 2.0 * shape.num_tokens * shape.hidden_size * shape.num_experts
+    flops = _ffn_flops(shape, sum(tokens_per_expert)) + router_flops
     return _work(shape, flops, hit, shape.num_experts, element_size, backward)
 
 

@@ -30,6 +30,25 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def last_level_cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Return the size of the largest cache, 0 where the operating system does not tell.
+
+    Parameters
+    ----------
+    root : Path, default=Path("/sys/devices/system/cpu")
+        Where the kernel describes the processors.
+    """
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [0]
+    for file in root.glob("cpu0/cache/index*/size"):
+        try:
+            text = file.read_text().strip()
+            sizes.append(int(text[:-1]) * units[text[-1]])
+        except (OSError, KeyError, ValueError, IndexError):
+            continue
+    return max(sizes)
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Return how many bytes a new allocation may take before the machine swaps or a container limit kills us.
 

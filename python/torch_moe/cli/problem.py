@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ class Problem:
     """A layer, its input, and the routing that follows.
 
     `forced_ids` is None where the router decides; otherwise its k-th weight goes to the k-th expert given here.
+    With `given_routing` candidates start from `topk_weights` and `topk_ids`: the router is no part of what is timed.
     """
 
     shape: LayerShape
@@ -29,9 +31,11 @@ class Problem:
     hidden_states: torch.Tensor  # [T, H]
     grad_output: torch.Tensor  # [T, H]
     forced_ids: torch.Tensor | None  # [T, K]
+    topk_weights: torch.Tensor  # [T, K]
     topk_ids: torch.Tensor  # [T, K]
     tokens_per_expert: tuple[int, ...]
     limits: Limits
+    given_routing: bool = False
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Run the layer, router included."""
@@ -39,9 +43,20 @@ class Problem:
             output: torch.Tensor = self.layer(hidden_states)
             return output
         _, topk_weights, _ = self.layer.router(hidden_states)
-        plan = ops.plan(self.forced_ids, self.shape.num_experts)
-        forced: torch.Tensor = self.layer.experts(hidden_states, topk_weights, plan)
-        return forced
+        return self.forward_routed(hidden_states, topk_weights, self.forced_ids)
+
+    def forward_routed(
+        self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the layer from its routing on: plan and experts."""
+        plan = ops.plan(topk_ids, self.shape.num_experts)
+        output: torch.Tensor = self.layer.experts(hidden_states, topk_weights, plan)
+        return output
+
+    def with_input(self, num_tokens: int, routing: str, seed: int) -> Problem:
+        """Return the same layer with another input, as :func:`make_problem` would make it."""
+        shape = replace(self.shape, num_tokens=num_tokens)
+        return replace(self, shape=shape, **_draw_input(self.layer, shape, routing, seed))
 
 
 def make_problem(shape: LayerShape, dtype: str, routing: str, seed: int, limits: Limits) -> Problem:
@@ -62,12 +77,6 @@ def make_problem(shape: LayerShape, dtype: str, routing: str, seed: int, limits:
     """
     torch.manual_seed(seed)
     layer = MoE(**shape.layer_options(), dtype=DTYPES[dtype])
-    hidden_states = text.hidden_states(shape.num_tokens, shape.hidden_size, seed).to(DTYPES[dtype])
-    forced_ids = None
-    if routing != "text":
-        forced_ids = draw_routing(routing, shape.num_tokens, shape.num_experts, shape.top_k, seed=seed)
-    with torch.no_grad():
-        topk_ids = layer.router(hidden_states)[2] if forced_ids is None else forced_ids
     return Problem(
         shape=shape,
         layer=layer,
@@ -79,10 +88,26 @@ def make_problem(shape: LayerShape, dtype: str, routing: str, seed: int, limits:
             gate_up_bias=layer.experts.gate_up_proj_bias,
             down_bias=layer.experts.down_proj_bias,
         ),
-        hidden_states=hidden_states,
-        grad_output=torch.randn(hidden_states.shape).to(hidden_states.dtype),
-        forced_ids=forced_ids,
-        topk_ids=topk_ids,
-        tokens_per_expert=tuple(ops.plan(topk_ids, shape.num_experts).tokens_per_expert.tolist()),
         limits=limits,
+        **_draw_input(layer, shape, routing, seed),
     )
+
+
+def _draw_input(layer: MoE, shape: LayerShape, routing: str, seed: int) -> dict[str, Any]:
+    """Return the fields of a problem that depend on its input."""
+    dtype = layer.experts.gate_up_proj.dtype
+    hidden_states = text.hidden_states(shape.num_tokens, shape.hidden_size, seed).to(dtype)
+    forced_ids = None
+    if routing != "text":
+        forced_ids = draw_routing(routing, shape.num_tokens, shape.num_experts, shape.top_k, seed=seed)
+    with torch.no_grad():
+        _, topk_weights, topk_ids = layer.router(hidden_states)
+    topk_ids = topk_ids if forced_ids is None else forced_ids
+    return {
+        "hidden_states": hidden_states,
+        "grad_output": torch.randn(hidden_states.shape).to(dtype),
+        "forced_ids": forced_ids,
+        "topk_weights": topk_weights.requires_grad_(),
+        "topk_ids": topk_ids,
+        "tokens_per_expert": tuple(ops.plan(topk_ids, shape.num_experts).tokens_per_expert.tolist()),
+    }

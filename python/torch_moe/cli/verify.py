@@ -25,7 +25,7 @@ MAX_TIED = 0.01
 ELEMENTWISE = (1, 1, 1, 1)
 
 
-def verify(problem: Problem, candidates: Sequence[Candidate], *, backward: bool) -> int:
+def verify(problem: Problem, candidates: Sequence[Candidate], *, backward: bool, sample_size: int = SAMPLE) -> int:
     """Compare candidates with the reference.
 
     Parameters
@@ -36,6 +36,8 @@ def verify(problem: Problem, candidates: Sequence[Candidate], *, backward: bool)
         What to compare.
     backward : bool
         Whether gradients are compared, too.
+    sample_size : int, default=32
+        Number of tokens to compare; fewer for large experts, each of which is computed in fp64.
 
     Returns
     -------
@@ -47,7 +49,7 @@ def verify(problem: Problem, candidates: Sequence[Candidate], *, backward: bool)
     WrongResult
         If a result is further from the reference than `torch_moe.testing.tolerance` allows.
     """
-    sample = _sample_tokens(problem)
+    sample = _sample_tokens(problem, sample_size)
     expected = _Expected(problem, sample, backward=backward)
     for candidate in candidates:
         try:
@@ -60,9 +62,11 @@ def verify(problem: Problem, candidates: Sequence[Candidate], *, backward: bool)
     return len(sample)
 
 
-def _sample_tokens(problem: Problem) -> torch.Tensor:
+def _sample_tokens(problem: Problem, size: int) -> torch.Tensor:
     """Return tokens on whose experts fp64, the layer and the baselines agree."""
     x, shape = problem.hidden_states, problem.shape
+    if problem.given_routing:
+        return torch.linspace(0, shape.num_tokens - 1, min(size, shape.num_tokens)).long()
     with torch.no_grad():
         _, expected = _route_fp64(problem, x.double(), problem.weights.router.double())
         ours = problem.layer.router(x)[2]
@@ -71,7 +75,7 @@ def _sample_tokens(problem: Problem) -> torch.Tensor:
     if agree.double().mean() < 1 - max(MAX_TIED, 1 / shape.num_tokens):
         raise WrongResult(f"routes differ from the fp64 reference on {int((~agree).sum())} of {len(agree)} tokens")
     tokens: torch.Tensor = agree.nonzero().flatten()
-    return tokens[torch.linspace(0, len(tokens) - 1, min(SAMPLE, len(tokens))).long()]
+    return tokens[torch.linspace(0, len(tokens) - 1, min(size, len(tokens))).long()]
 
 
 def _route_fp64(problem: Problem, x: torch.Tensor, router: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,14 +102,17 @@ def _run_expert(
 
 
 class _Expected:
-    """What the reference gives on the sample: output, and gradients of input, router and its busiest expert."""
+    """What the reference gives on the sample: output, and gradients of input, routing and its busiest expert."""
 
     def __init__(self, problem: Problem, sample: torch.Tensor, *, backward: bool) -> None:
         shape, self._problem, self._sample = problem.shape, problem, sample
         x = problem.hidden_states[sample].double().requires_grad_()
         router = problem.weights.router.detach().double().requires_grad_()
-        routed_weights, ids = _route_fp64(problem, x, router)
-        ids = ids if problem.forced_ids is None else problem.forced_ids[sample]
+        if problem.given_routing:
+            routed_weights, ids = problem.topk_weights[sample].double(), problem.topk_ids[sample]
+        else:
+            routed_weights, ids = _route_fp64(problem, x, router)
+            ids = ids if problem.forced_ids is None else problem.forced_ids[sample]
         topk_weights = routed_weights.detach().requires_grad_()
         grad_output = problem.grad_output[sample].double()
         counts = torch.bincount(ids.flatten(), minlength=shape.num_experts)
@@ -124,7 +131,9 @@ class _Expected:
                 one_x, one_weights, *one_leaves = torch.autograd.grad(output, inputs, grad_output)
                 grad_x, grad_topk_weights = grad_x + one_x, grad_topk_weights + one_weights
                 of_expert = tuple(one_leaves) or of_expert
-        if backward:
+        if backward and problem.given_routing:
+            self._gradients = (grad_x, grad_topk_weights, *of_expert)
+        elif backward:
             more_x, grad_router = torch.autograd.grad(routed_weights, (x, router), grad_topk_weights)
             self._gradients = (grad_x + more_x, grad_router, *of_expert)
 
@@ -143,11 +152,13 @@ class _Expected:
         grad_output[sample] = problem.grad_output[sample]
         output, gradients = candidate.gradients(problem.hidden_states, grad_output)
         assert_close(output[sample], self._output, *steps)
-        grad_x, grad_router, *of_experts = gradients
+        grad_x, grad_routing, *of_experts = gradients
+        if problem.given_routing:
+            grad_routing = grad_routing[sample]  # of topk_weights; else of the router's weight
         back = (*steps, shape.hidden_size, *ELEMENTWISE)  # as far as the gradient of the pre-activation
         inner = (*back, shape.pre_activation_size, *(1,) * shape.top_k, shape.num_experts)
         assert_close(grad_x[sample], self._gradients[0], *inner)
-        assert_close(grad_router, self._gradients[1], *inner, self._count, dtype=dtype)
+        assert_close(grad_routing, self._gradients[1], *inner, self._count, dtype=dtype)
         for actual, expected in zip(of_experts, self._gradients[2:], strict=True):
             assert_close(actual[self._expert][None], expected, *back, self._count)
 
