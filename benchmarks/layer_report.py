@@ -1,0 +1,138 @@
+"""What bench_layer.py writes: a table, JSON lines, Markdown for the README, and a PNG."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from layer_cases import PASSES, Target
+from layer_runs import Row
+
+from torch_moe.cli.candidates import K_DENSE, TORCH_MOE
+from torch_moe.cli.display import Display
+from torch_moe.cli.floor import Machine
+
+HEADER = ("case", "contender", "ms", "± %", "noise %", "% of floor", "peer/must/aim", "")
+
+
+def label(row: Row) -> str:
+    """Name a row's case in full."""
+    return f"{row.case.name} {row.dtype} {PASSES[row.pass_name]} {row.routing}"
+
+
+def verdict(percent: float, target: Target | None) -> str:
+    """Return what became of a target."""
+    if target is None:
+        return ""
+    return "MISSED" if percent < target.must else "must" if percent < target.aim else "aim"
+
+
+def show(display: Display, rows: Sequence[Row], limits: Machine) -> None:
+    """Print every row; the last column says whether the target is met."""
+    table = []
+    for row in rows:
+        percent, target = row.percent_of_floor(limits), row.target if row.contender == TORCH_MOE else None
+        table.append(
+            [
+                label(row),
+                f"{row.contender} {row.isa}".strip(),
+                f"{row.quiet.median * 1e3:.2f}",
+                f"{50 * row.quiet.spread:.1f}",
+                f"{100 * statistics.median(row.quiet.noise):.1f}",
+                f"{percent:.1f}",
+                f"{target.peer:g}/{target.must:g}/{target.aim:g}" if target else "",
+                verdict(percent, target),
+            ]
+        )
+    display.table("MoE FFN layer, weights and routing given; medians of the quietest samples", HEADER, table)
+
+
+def records(rows: Sequence[Row], limits: Machine, environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """One JSON-ready record per row."""
+    dense = {_place(row): row.quiet.median for row in rows if row.contender == K_DENSE}
+    lines = []
+    for row in rows:
+        shape, timing = row.case.shape, row.quiet
+        line = {
+            **environment,
+            "case": row.case.name,
+            "num_tokens": shape.num_tokens,
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_experts": shape.num_experts,
+            "top_k": shape.top_k,
+            "activation": shape.activation,
+            "dtype": row.dtype,
+            "pass": PASSES[row.pass_name],
+            "routing": row.routing,
+            "experts_hit": sum(count > 0 for count in row.tokens_per_expert),
+            "caches_flushed": row.case.flushed,
+            "candidate": row.contender,
+            "isa": row.isa or None,
+            "median_ms": round(timing.median * 1e3, 4),
+            "spread": round(timing.spread, 4),
+            "rounds": len(row.timing.samples),
+            "rounds_kept": len(timing.samples),
+            "noise_kept": round(statistics.median(timing.noise), 4),
+            "noise_all": round(statistics.median(row.timing.noise), 4),
+            "gflops": round(row.work.flops / timing.median / 1e9, 2),
+            "floor_gflops": round(limits.gflops, 1),
+            "floor_read_gbytes": round(limits.read_gbytes, 2),
+            "percent_of_floor": round(row.percent_of_floor(limits), 2),
+        }
+        if _place(row) in dense:
+            line["ratio_to_k_dense"] = round(timing.median / dense[_place(row)], 4)
+        if row.target is not None and row.contender == TORCH_MOE:
+            line |= {"peer": row.target.peer, "must": row.target.must, "aim": row.target.aim}
+        lines.append(line)
+    return lines
+
+
+def _place(row: Row) -> tuple[str, ...]:
+    return row.case.name, row.dtype, row.pass_name, row.routing
+
+
+def markdown(rows: Sequence[Row], limits: Machine) -> str:
+    """Return the table of the README: the best and the worst routing of each case in one line."""
+    lines = [
+        "| case | pass | dtype | ms | % of floor | before | must | aim |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    ours: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.contender == TORCH_MOE:
+            ours.setdefault((row.case.name, PASSES[row.pass_name], row.dtype, row.isa), []).append(row)
+    for (name, pass_name, dtype, _), same in ours.items():
+        percents = sorted(row.percent_of_floor(limits) for row in same)
+        shown = " to ".join(dict.fromkeys(f"{percent:.0f}" for percent in (percents[0], percents[-1])))
+        milliseconds = statistics.median(row.quiet.median for row in same) * 1e3
+        target = same[0].target
+        known = [f"{target.peer:g}", f"{target.must:g}", f"{target.aim:g}"] if target else ["", "", ""]
+        lines.append(f"| {' | '.join([name, pass_name, dtype, f'{milliseconds:.3g}', shown, *known])} |")
+    return "\n".join(lines)
+
+
+def draw(path: Path, rows: Sequence[Row], limits: Machine, title: str) -> None:
+    """Draw percent of the floor per case, with the peer, what must be reached, and the aim."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    ours = [row for row in rows if row.contender == TORCH_MOE]
+    figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.24 * len(ours)), layout="constrained")
+    for place, row in enumerate(ours):
+        color = "#4c72b0" if row.pass_name == "forward" else "#dd8452"
+        axis.barh(place, row.percent_of_floor(limits), 0.7, color=color)
+        if row.target is not None:
+            for percent, mark in ((row.target.peer, "kx"), (row.target.must, "k|"), (row.target.aim, "g|")):
+                axis.plot(percent, place, mark, markersize=9, markeredgewidth=2)
+    labels = [f"{label(row)} {row.isa}" for row in ours]
+    axis.set_yticks(range(len(ours)), labels, fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("% of the machine's floor (x: best before, black bar: must, green bar: aim)")
+    axis.set_title(title, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

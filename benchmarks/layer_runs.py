@@ -1,0 +1,183 @@
+"""Measure cases: passes, routings, instruction sets and contenders of one layer interleaved, between floor readings."""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from layer_cases import Case, Target
+
+from torch_moe import _C
+from torch_moe.cli import floor, machine
+from torch_moe.cli.candidates import GROUPED_MM, K_DENSE, LOOP, TORCH_MOE, make_candidates
+from torch_moe.cli.display import Display
+from torch_moe.cli.floor import Machine, Work
+from torch_moe.cli.limits import Limits
+from torch_moe.cli.problem import DTYPES, Problem, make_problem
+from torch_moe.cli.verify import verify
+from torch_moe.testing.quiet import Quiet
+from torch_moe.testing.timing import Timing, interleave
+
+CONTENDERS = (TORCH_MOE, K_DENSE, LOOP, GROUPED_MM)
+# The reference computes each expert that a verified token hits in fp64: fewer tokens where experts are large.
+VERIFIED_PARAMETERS = 1 << 28
+# Read between calls of few tokens, as a model's other layers would be: more than any cache.
+LEAST_FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one case."""
+
+    case: Case
+    dtype: str
+    pass_name: str
+    routing: str
+    contender: str
+    isa: str
+    timing: Timing
+    work: Work
+    tokens_per_expert: tuple[int, ...]
+
+    @property
+    def target(self) -> Target | None:
+        return self.case.targets.get((self.dtype, self.pass_name))
+
+    @property
+    def quiet(self) -> Timing:
+        return self.timing.quietest()
+
+    def percent_of_floor(self, limits: Machine) -> float:
+        return 100 * self.work.floor(limits) / self.quiet.median
+
+
+@dataclass
+class Bench:
+    """What all cases of a run share."""
+
+    display: Display
+    quiet: Quiet
+    readings: list[Machine] = field(default_factory=list)
+
+    @property
+    def machine(self) -> Machine:
+        """The best readings: a slow one only tells that others used the machine."""
+        best = self.readings[0]
+        for reading in self.readings[1:]:
+            best = best.best(reading)
+        return best
+
+    def read_floor(self) -> None:
+        """Read FMA rate and bandwidth by the machine's best instruction set, whatever the contenders use."""
+        with using_isa(_C.available_isas()[0]), self.quiet.undisturbed():
+            # That of fp32 is the rate of FMAs: never that of matrix units.
+            self.readings.append(floor.measure(torch.float32, machine.memory_budget()))
+
+
+@contextmanager
+def using_isa(isa: str):
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
+def spin() -> float:
+    """Arithmetic on registers for a few milliseconds."""
+    with using_isa(_C.available_isas()[0]):
+        return _C.fma_rate(seconds=0.0)
+
+
+def make_flush() -> Callable[[], object]:
+    """Return a function that reads more memory than the caches hold, on all threads."""
+    cached = torch.ones(max(LEAST_FLUSH_BYTES, 2 * machine.last_level_cache_bytes()) // 4)
+    return cached.sum
+
+
+def run_cases(
+    bench: Bench,
+    cases: Sequence[Case],
+    dtype: str,
+    *,
+    passes: Sequence[str],
+    routings: Sequence[str],
+    isas: Sequence[str],
+    compare: bool,
+    rounds: int,
+    seed: int,
+) -> list[Row]:
+    """Measure cases of one layer in one dtype, all interleaved; nothing, with a note, when memory is short."""
+    largest = max((case.shape for case in cases), key=lambda shape: shape.num_tokens)
+    wanted = {(case.name, name) for case in cases for name in passes if name in case.passes(dtype)}
+    limits = Limits(machine.memory_budget(), 0.0, 0.0, any(name == "backward" for _, name in wanted))
+    needed = limits.bytes_needed(largest, DTYPES[dtype].itemsize)
+    if needed > limits.memory:
+        bench.display.note(
+            f"not run: {largest.name} in {dtype} needs {needed / machine.GIB:.1f} GiB, "
+            f"{limits.memory / machine.GIB:.1f} GiB may be used"
+        )
+        return []
+    with bench.display.progress(f"{largest.name}, {dtype}: drawing weights"):
+        layer = make_problem(largest, dtype, routings[0], seed, limits)
+    bench.read_floor()
+    rows: dict[str, Row] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    prepare: dict[str, Callable[[], object]] = {}
+    flush = make_flush()
+    for case in cases:
+        for routing in routings:
+            problem = replace(layer.with_input(case.shape.num_tokens, routing, seed), given_routing=True)
+            for row, call in _contenders(bench, case, problem, dtype, passes, routing, isas, compare):
+                key = f"{case.name} {row.pass_name} {routing} {row.contender} {row.isa}"
+                rows[key], calls[key] = row, call
+                if case.flushed:
+                    prepare[key] = flush
+    with (
+        bench.display.progress(f"{largest.name}, {dtype}: {len(calls)} timings, {rounds} rounds") as on_sample,
+        using_isa(isas[0]),
+    ):
+        timings = interleave(calls, rounds=rounds, prepare=prepare, observe=bench.quiet, on_sample=on_sample)
+    bench.read_floor()
+    return [replace(row, timing=timings[key]) for key, row in rows.items()]
+
+
+def _contenders(
+    bench: Bench,
+    case: Case,
+    problem: Problem,
+    dtype: str,
+    passes: Sequence[str],
+    routing: str,
+    isas: Sequence[str],
+    compare: bool,
+) -> list[tuple[Row, Callable[[], object]]]:
+    """Verify everything that computes this case, and return what is to be timed."""
+    candidates, skipped = make_candidates(problem, only=CONTENDERS if compare else CONTENDERS[:1])
+    for name, reason in skipped.items():
+        bench.display.note(f"not run: {name}: {reason}")
+    wanted = [name for name in passes if name in case.passes(dtype)]
+    tokens = max(2, min(32, VERIFIED_PARAMETERS // problem.shape.params_per_expert))
+    for isa in isas:
+        ours = [candidate for candidate in candidates if candidate.name == TORCH_MOE]
+        others = [candidate for candidate in candidates if candidate.name != TORCH_MOE and isa == isas[0]]
+        with using_isa(isa):
+            verify(problem, ours + others, backward="backward" in wanted, sample_size=tokens)
+    found = []
+    for name in wanted:
+        for candidate in candidates:
+            for isa in isas if candidate.name == TORCH_MOE else ("",):
+                call = candidate.backward_call(problem) if name == "backward" else candidate.forward_call(problem)
+                work = candidate.work_with_backward if name == "backward" else candidate.work
+                row = Row(case, dtype, name, routing, candidate.name, isa, Timing(()), work, problem.tokens_per_expert)
+                found.append((row, _with_isa(isa, call) if isa else call))
+    return found
+
+
+def _with_isa(isa: str, call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        _C.set_isa(isa)
+        return call()
+
+    return run

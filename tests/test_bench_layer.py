@@ -1,0 +1,134 @@
+"""bench_layer.py: every case runs when made small, is verified, and is compared with the right floor and target."""
+
+import json
+from dataclasses import replace
+
+import bench_layer
+import layer_cases
+import layer_runs
+import pytest
+import torch
+from layer_cases import CASES
+
+from torch_moe import _C
+from torch_moe.cli import floor
+from torch_moe.cli.baselines import Weights
+from torch_moe.cli.errors import WrongResult
+from torch_moe.cli.floor import Machine, Work
+from torch_moe.testing.timing import Timing
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, restore_threads):
+    """Every case with its options but small sizes, one thread, and a floor that is read in no time."""
+    torch.set_num_threads(1)
+    for name, case in list(CASES.items()):
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_experts": max(8, case.shape.top_k)}
+        monkeypatch.setitem(CASES, name, replace(case, shape=replace(case.shape, **sizes)))
+    monkeypatch.setattr(floor, "SECONDS", 0.001)
+    monkeypatch.setattr(floor, "BANDWIDTH_MEBIBYTES", 64)
+    monkeypatch.setattr(layer_runs, "LEAST_FLUSH_BYTES", 1 << 12)
+    monkeypatch.setattr(layer_runs.machine, "last_level_cache_bytes", lambda: 0)
+
+
+def run(tmp_path, *arguments):
+    output = tmp_path / "bench.jsonl"
+    bench_layer.main(["--rounds", "1", "--output", str(output), *arguments])
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_every_case_is_measured_in_each_routing_with_its_targets(tmp_path):
+    lines = run(tmp_path)
+    found = {(line["case"], line["dtype"], line["pass"], line["routing"]) for line in lines}
+    expected = {
+        (case.name, dtype, layer_cases.PASSES[name], routing)
+        for case in CASES.values()
+        for dtype, name in case.targets
+        for routing in ("uniform", "zipf")
+    }
+    assert found == expected
+    assert all(line["must"] < line["aim"] and line["must"] > line["peer"] for line in lines)
+    assert all(line["caches_flushed"] == (line["num_tokens"] <= 16) for line in lines)
+    assert all(line["percent_of_floor"] > 0 and 0 <= line["noise_kept"] <= 1 and line["cpu"] for line in lines)
+
+
+def test_contenders_and_instruction_sets(tmp_path, capsys):
+    isas = _C.available_isas()
+    chosen = ["--case", "switch-t512,qwen3-t1", "--dtype", "fp32", "--routing", "zipf", "--isa", ",".join(isas)]
+    lines = run(tmp_path, *chosen, "--compare", "--markdown")
+    for case, name in (("switch-t512", "forward+backward"), ("qwen3-t1", "forward")):
+        here = [line for line in lines if (line["case"], line["pass"]) == (case, name)]
+        assert [line["isa"] for line in here if line["candidate"] == "torch_moe"] == isas
+        assert {line["candidate"] for line in here} >= {"torch_moe", "k_dense", "loop"}
+        assert all("ratio_to_k_dense" in line for line in here)
+    assert _C.isa() == isas[0]
+    printed = capsys.readouterr().out
+    assert "| switch-t512 | forward+backward | fp32 |" in printed
+
+
+def test_a_wrong_result_ends_the_run(tmp_path, monkeypatch):
+    right = layer_runs.make_problem
+
+    def swapped_experts(*arguments):
+        problem = right(*arguments)
+        weights = {**vars(problem.weights), "down_proj": problem.weights.down_proj.flip(0)}
+        return replace(problem, weights=Weights(**weights))
+
+    monkeypatch.setattr(layer_runs, "make_problem", swapped_experts)
+    with pytest.raises(WrongResult, match="torch_moe layer differs from the fp64 reference"):
+        run(tmp_path, "--case", "seed-t16")
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "topk_weights"])
+def test_a_wrong_gradient_ends_the_run(tmp_path, monkeypatch, name):
+    right = layer_runs.make_candidates
+
+    def doubled(problem, **options):
+        candidates, skipped = right(problem, **options)
+        place = 1 + ["topk_weights", "gate_up_proj"].index(name)
+
+        class Wrong(type(candidates[0])):
+            def gradients(self, *arguments):
+                output, gradients = super().gradients(*arguments)
+                return output, tuple(g * 2 if i == place else g for i, g in enumerate(gradients))
+
+        return [Wrong(**vars(candidate)) for candidate in candidates], skipped
+
+    monkeypatch.setattr(layer_runs, "make_candidates", doubled)
+    with pytest.raises(WrongResult):
+        run(tmp_path, "--case", "seed-t512", "--dtype", "fp32", "--pass", "backward")
+
+
+def test_a_layer_too_large_is_left_out_and_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(layer_runs.machine, "memory_budget", lambda: 1000)
+    bench_layer.main(["--case", "wide-t16", "--dtype", "fp32"])
+    assert "not run: wide in fp32 needs 0.0 GiB, 0.0 GiB may be used" in capsys.readouterr().out
+
+
+def test_percent_of_floor_takes_the_quiet_samples():
+    timing = Timing((1.0, 9.0, 1.0, 9.0, 1.0), (0.0, 0.9, 0.0, 0.9, 0.0))
+    row = layer_runs.Row(CASES["seed-t1"], "fp32", "forward", "zipf", "torch_moe", "", timing, Work(5e9, 1e9), (1,))
+    assert row.percent_of_floor(Machine(gflops=10.0, read_gbytes=10.0)) == 50.0
+    assert row.target == CASES["seed-t1"].targets["fp32", "forward"]
+
+
+def test_the_floor_is_that_of_the_best_instruction_set(monkeypatch):
+    used = []
+    monkeypatch.setattr(floor, "measure", lambda dtype, memory: used.append((dtype, _C.isa())) or Machine(1.0, 1.0))
+    bench = layer_runs.Bench(None, layer_runs.Quiet(lambda: 1.0))
+    with layer_runs.using_isa(_C.available_isas()[-1]):
+        bench.read_floor()
+        assert _C.isa() == _C.available_isas()[-1]
+    assert used == [(torch.float32, _C.available_isas()[0])]
+
+
+def test_list_names_every_case(capsys):
+    bench_layer.main(["--list"])
+    printed = capsys.readouterr().out
+    assert all(f"{name} " in printed for name in CASES)
+
+
+def test_unknown_names_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_layer.main(["--case", "seed-t1,seed-t2"])
+    assert "expected some of " in capsys.readouterr().err
