@@ -31,14 +31,23 @@ def test_permute_and_combine(plan):
 
 OPTIONS = [
     dict(zip(("score_function", "score_order", "renormalize"), options, strict=True))
-    for options in itertools.product(("softmax", "sigmoid"), ("score_then_topk", "topk_then_score"), (True, False))
+    for options in itertools.product(
+        ("softmax", "sigmoid", "sqrtsoftplus"), ("score_then_topk", "topk_then_score"), (True, False)
+    )
 ]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
 def test_route(options):
     bias = randn(8, dtype=torch.float64, seed=1)
-    for extra in ({}, {"expert_bias": bias, "num_groups": 4, "topk_groups": 2, "routed_scaling_factor": 2.5}):
+    ids = torch.randint(0, 9, (5, 3), dtype=torch.int32)  # 8 is out of range: it has no weight
+    for extra in (
+        {},
+        {"expert_bias": bias, "num_groups": 4, "topk_groups": 2, "routed_scaling_factor": 2.5},
+        {"renormalize_p": 2.0, "renormalize_eps": 0.1},
+        {"renormalize_eps": 5.0, "renormalize_eps_mode": "clamp"},
+        {"route_override": ids},
+    ):
         assert gradcheck(lambda z: ops.route(z, 3, **options, **extra)[0], leaf(5, 8))  # noqa: B023
 
 

@@ -16,6 +16,9 @@ ROUTE = {
     "score_function": "softmax",
     "score_order": "score_then_topk",
     "renormalize": True,
+    "renormalize_p": 2.0,
+    "renormalize_eps": 1e-6,
+    "renormalize_eps_mode": "clamp",
     "routed_scaling_factor": 1.5,
 }
 ACTIVATION = {"gate_layout": "interleaved", "alpha": 1.702, "limit": 7.0, "up_offset": 1.0}
@@ -45,6 +48,7 @@ def samples():
         "route": [
             ((leaf(T, E), K), {}),
             ((leaf(T, E), 1, randn(E)), {"score_function": "sigmoid", "check_finite": True}),
+            ((leaf(T, E), K, None, ids), {"score_function": "sqrtsoftplus"}),
         ],
         "route_backward": [((randn(T, K), randn(T, E), ids), ROUTE)],
         "plan": [((ids, E), {}), ((ids, E, 4), {})],

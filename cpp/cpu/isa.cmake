@@ -1,8 +1,8 @@
 # The only map from an instruction set to compiler flags.
 #
-# cpp/cpu/gemm/<isa>.cpp is compiled with the flags of its instruction set and nothing else is, so that the library runs
-# on every processor of the architecture: the dispatcher asks the processor before it calls into one of them. It learns
-# which ones were compiled from MOE_HAVE_<ISA>.
+# cpp/cpu/{gemm,route}/<isa>.cpp are compiled with the flags of their instruction set and nothing else is, so that the
+# library runs on every processor of the architecture: the dispatcher asks the processor before it calls into one of them.
+# It learns which ones were compiled from MOE_HAVE_<ISA>.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(MOE_ISAS scalar avx2 avx512)
 else()
@@ -19,7 +19,7 @@ function(moe_kernel_options target)
                                            -ffp-contract=fast)
 endfunction()
 
-# Compiles cpp/cpu/gemm/<isa>.cpp into `target` for each instruction set of this architecture.
+# Compiles cpp/cpu/{gemm,route}/<isa>.cpp into `target` for each instruction set of this architecture.
 function(moe_add_isa_kernels target)
   foreach(isa IN LISTS MOE_ISAS)
     set(source "${PROJECT_SOURCE_DIR}/cpp/cpu/gemm/${isa}.cpp")
@@ -28,6 +28,11 @@ function(moe_add_isa_kernels target)
       set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${MOE_FLAGS_${isa}}")
       string(TOUPPER "MOE_HAVE_${isa}" have_isa)
       target_compile_definitions(${target} PRIVATE ${have_isa}=1)
+    endif()
+    set(source "${PROJECT_SOURCE_DIR}/cpp/cpu/route/${isa}.cpp")
+    if(EXISTS "${source}")
+      target_sources(${target} PRIVATE "${source}")
+      set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${MOE_FLAGS_${isa}}")
     endif()
   endforeach()
 endfunction()

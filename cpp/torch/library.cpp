@@ -4,13 +4,17 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(moe, m) {
+  // With route_override [T, K] int32 nothing is selected: the weights are those of these ids.
   m.def(
-      "route(Tensor router_logits, int top_k, Tensor? expert_bias=None, *, str score_function='softmax', "
-      "str score_order='score_then_topk', bool renormalize=True, float routed_scaling_factor=1.0, int num_groups=1, "
-      "int topk_groups=1, bool check_finite=False) -> (Tensor topk_weights, Tensor topk_ids)");
+      "route(Tensor router_logits, int top_k, Tensor? expert_bias=None, Tensor? route_override=None, *, "
+      "str score_function='softmax', str score_order='score_then_topk', bool renormalize=True, "
+      "float renormalize_p=1.0, float renormalize_eps=1e-20, str renormalize_eps_mode='add', "
+      "float routed_scaling_factor=1.0, int num_groups=1, int topk_groups=1, str group_score='top2_sum', "
+      "str group_mask='-inf', bool check_finite=False) -> (Tensor topk_weights, Tensor topk_ids)");
   m.def(
       "route_backward(Tensor grad_topk_weights, Tensor router_logits, Tensor topk_ids, *, str score_function, "
-      "str score_order, bool renormalize, float routed_scaling_factor) -> Tensor grad_router_logits");
+      "str score_order, bool renormalize, float renormalize_p, float renormalize_eps, str renormalize_eps_mode, "
+      "float routed_scaling_factor) -> Tensor grad_router_logits");
 
   m.def(
       "plan(Tensor topk_ids, int num_experts, int? capacity=None) "

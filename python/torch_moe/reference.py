@@ -13,58 +13,78 @@ from torch.nn import functional
 from torch_moe.ops.activation import is_gated
 from torch_moe.ops.plan import Plan
 
-RENORMALIZE_EPS = 1e-20
-
 
 def route(
     router_logits: Tensor,  # [T, E]
     top_k: int,
     expert_bias: Tensor | None = None,  # [E]
+    route_override: Tensor | None = None,  # [T, K]
     *,
     score_function: str = "softmax",
     score_order: str = "score_then_topk",
     renormalize: bool = True,
+    renormalize_p: float = 1.0,
+    renormalize_eps: float = 1e-20,
+    renormalize_eps_mode: str = "add",
     routed_scaling_factor: float = 1.0,
     num_groups: int = 1,
     topk_groups: int = 1,
+    group_score: str = "top2_sum",
+    group_mask: str = "-inf",
 ) -> tuple[Tensor, Tensor]:
     """Return ``topk_weights`` [T, K] and ``topk_ids`` [T, K]."""
-
-    def score(logits: Tensor) -> Tensor:
-        return logits.softmax(dim=-1) if score_function == "softmax" else logits.sigmoid()
-
     # Without bias or groups the order of scores is the order of logits, which no saturation can tie.
     by_score = score_order == "score_then_topk" and (expert_bias is not None or num_groups > 1)
-    candidates = (score(router_logits) if by_score else router_logits).detach()
-    if expert_bias is not None:
-        candidates = candidates + expert_bias
-    topk_ids = _best(_nan_last(candidates), top_k, num_groups, topk_groups)
-
-    if score_order == "score_then_topk":
-        weights = score(router_logits).gather(-1, topk_ids)
+    if route_override is not None:
+        topk_ids = route_override.long()
     else:
-        weights = score(router_logits.gather(-1, topk_ids))
+        candidates = (scores(router_logits, score_function) if by_score else router_logits).detach()
+        if expert_bias is not None:
+            candidates = candidates + expert_bias
+        topk_ids = _best(_nan_last(candidates), top_k, num_groups, topk_groups, group_score, group_mask)
+
+    valid = (topk_ids >= 0) & (topk_ids < router_logits.shape[-1])
+    chosen = topk_ids.where(valid, 0)
+    if score_order == "score_then_topk":
+        weights = scores(router_logits, score_function).gather(-1, chosen).masked_fill(~valid, 0)
+    else:
+        logits = router_logits.gather(-1, chosen).masked_fill(~valid, -torch.inf)
+        weights = scores(logits, score_function).masked_fill(~valid, 0)
     if renormalize:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + RENORMALIZE_EPS)
+        divisor = torch.linalg.vector_norm(weights, renormalize_p, dim=-1, keepdim=True)
+        add = renormalize_eps_mode == "add"
+        weights = weights / (divisor + renormalize_eps if add else divisor.clamp(min=renormalize_eps))
     return weights * routed_scaling_factor, topk_ids.int()
+
+
+def scores(router_logits: Tensor, score_function: str) -> Tensor:
+    """Return the score of every expert, in the shape of the logits."""
+    if score_function == "softmax":
+        return router_logits.softmax(dim=-1)
+    return router_logits.sigmoid() if score_function == "sigmoid" else functional.softplus(router_logits).sqrt()
 
 
 def _nan_last(values: Tensor) -> Tensor:
     return values.masked_fill(values.isnan(), -torch.inf)
 
 
-def _best(candidates: Tensor, top_k: int, num_groups: int, topk_groups: int) -> Tensor:
+def _best(
+    candidates: Tensor, top_k: int, num_groups: int, topk_groups: int, group_score: str, group_mask: str
+) -> Tensor:
     """Return the ids of the K best of the best groups, best first; a tie goes to the lower id."""
 
     def order(values: Tensor) -> Tensor:
         return values.sort(dim=-1, descending=True, stable=True).indices
 
     grouped = candidates.view(-1, num_groups, candidates.shape[-1] // num_groups)  # [T, groups, experts of a group]
-    group_scores = grouped.sort(dim=-1, descending=True).values[..., :2].sum(dim=-1)
+    best_of_group = grouped.sort(dim=-1, descending=True).values
+    group_scores = best_of_group[..., : 2 if group_score == "top2_sum" else 1].sum(dim=-1)
     group_scores = _nan_last(group_scores)  # infinity - infinity
     eligible = torch.zeros_like(group_scores, dtype=torch.bool)
     eligible.scatter_(-1, order(group_scores)[..., :topk_groups], True)
     eligible = eligible.repeat_interleave(grouped.shape[-1], dim=-1)  # [T, E]
+    if group_mask == "zero":
+        return order(candidates.where(eligible, 0))[..., :top_k]
 
     # Sorting by candidate, then stably by eligibility, keeps an eligible -inf before everything ineligible.
     by_candidate = order(candidates)

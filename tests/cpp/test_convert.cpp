@@ -1,6 +1,5 @@
 #include <limits>
 
-#include "exp.h"
 #include "support.h"
 
 namespace moe::test {
@@ -44,18 +43,6 @@ TEST(narrow_rounds_to_nearest_even) {
     CHECK(widen(narrow<Float16>(x)) == nearest(x, 11, -14, 65504));
   }
   CHECK(std::isnan(widen(narrow<BFloat16>(std::bit_cast<float>(0x7f800001u)))));
-}
-
-TEST(exp_is_within_two_units) {
-  for (float x = 0; x > -87.3f; x -= 0.00731f) {
-    const double expected = std::exp(static_cast<double>(x));
-    CHECK(std::abs(exp_nonpositive(x) - expected) <= 4 * kEps<float> * expected);
-  }
-  CHECK(exp_nonpositive(0.0f) == 1.0f);
-  CHECK(exp_nonpositive(-100.0f) == 0.0f);
-  CHECK(exp_nonpositive(-std::numeric_limits<float>::infinity()) == 0.0f);
-  CHECK(std::isnan(exp_nonpositive(std::numeric_limits<float>::quiet_NaN())));
-  CHECK(sigmoid(0.0f) == 0.5f && sigmoid(100.0f) == 1.0f && sigmoid(-100.0f) == 0.0f);
 }
 
 }  // namespace

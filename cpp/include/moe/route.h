@@ -1,52 +1,65 @@
 // route: which experts, with what weight?
 //
 // With z = router_logits[t] (arithmetic in fp32, in fp64 for fp64 logits):
-//   v = softmax(z) or sigmoid(z)
+//   v = softmax(z), sigmoid(z) or sqrt(softplus(z))
 //   c = z                            when there is neither an expert_bias nor groups (v is monotonic in z, and z has no
 //   ties by saturation)
 //     = v + expert_bias              score_then_topk
 //     = z + expert_bias              topk_then_score
-//   groups: E is cut into num_groups equal runs; a group's score is the sum of its two largest c; only the topk_groups
-//           best groups (ties to the lower group) stay eligible.
+//   groups: E is cut into num_groups equal runs; a group's score is the sum of its two largest c, or the largest; only
+//           the topk_groups best groups (ties to the lower group) stay eligible. group_mask -inf: no other expert is
+//           taken. group_mask zero: c of the others becomes 0, which beats a negative c.
 //   ids = the K largest c, descending, ties to the lower expert id. NaN counts as -infinity, so ids are always K
 //         distinct experts, and NaN shows in the weights.
+//   ids = route_override             when it is given: nothing is selected; an id outside [0, E) weighs 0.
 //   w = v[ids]                       score_then_topk
-//     = softmax(z[ids]) or sigmoid(z[ids])   topk_then_score
-//   renormalize: w /= (sum(w) + kRenormalizeEps);   then w *= routed_scaling_factor.
+//     = the same function of z[ids] alone    topk_then_score
+//   renormalize: w /= N, with N = (sum w^p)^(1/p) and eps added to it, or N = max(N, eps).
+//   then w *= routed_scaling_factor.
 // The bias steers the selection only; it never enters the weight and gets no gradient.
 //
-// route_backward: with g = grad_topk_weights * routed_scaling_factor and s the weights before scaling,
-//   renormalize (s = w / S):  g <- (g - <g, s>) / S
+// route_backward: with g = grad_topk_weights * routed_scaling_factor and w the weights before renormalisation,
+//   renormalize (M = (sum w^p)^(1/p)):  g_j <- g_j / N - <g, w> / N^2 * (w_j / M)^(p - 1); no second term where eps
+//                                       clamps
 //   softmax over all:   dz = v * (g^ - <g^, v>), g^ zero off the selection
 //   softmax over top-k: dz_j = w_j (g_j - <g, w>) on the selection, 0 elsewhere
 //   sigmoid:            dz_j = g_j v_j (1 - v_j) on the selection, 0 elsewhere
-// References: arXiv 2101.03961 (Switch), 2401.04088 (Mixtral), 2412.19437 (DeepSeek-V3: sigmoid, bias, groups).
+//   sqrt of softplus:   dz_j = g_j sigmoid(z_j) / (2 v_j) on the selection, 0 elsewhere
+// References: arXiv 2101.03961 (Switch), 2401.04088 (Mixtral), 2405.04434 (DeepSeek-V2: groups), 2412.19437
+// (DeepSeek-V3: sigmoid, bias).
 #pragma once
 
 #include "moe/types.h"
 
 namespace moe {
 
-inline constexpr double kRenormalizeEps = 1e-20;
-
-enum class ScoreFunction : int8_t { kSoftmax, kSigmoid };
+enum class ScoreFunction : int8_t { kSoftmax, kSigmoid, kSqrtSoftplus };
 enum class ScoreOrder : int8_t { kScoreThenTopK, kTopKThenScore };
+enum class GroupScore : int8_t { kTop2Sum, kMax };
+enum class GroupMask : int8_t { kNegativeInfinity, kZero };
+enum class EpsMode : int8_t { kAdd, kClamp };
 
 struct RouteOptions {
-  ScoreFunction score_function;
-  ScoreOrder score_order;
-  bool renormalize;
-  double routed_scaling_factor;
-  int64_t num_groups;
-  int64_t topk_groups;
-  bool check_finite;  // return kNonFiniteLogits if any logit is NaN or infinite
+  ScoreFunction score_function = ScoreFunction::kSoftmax;
+  ScoreOrder score_order = ScoreOrder::kScoreThenTopK;
+  bool renormalize = true;
+  double renormalize_p = 1;
+  double renormalize_eps = 1e-20;
+  EpsMode renormalize_eps_mode = EpsMode::kAdd;
+  double routed_scaling_factor = 1;
+  int64_t num_groups = 1;
+  int64_t topk_groups = 1;
+  GroupScore group_score = GroupScore::kTop2Sum;
+  GroupMask group_mask = GroupMask::kNegativeInfinity;
+  bool check_finite = false;  // return kNonFiniteLogits if any logit is NaN or infinite
 };
 
 struct RouteArgs {
-  void* topk_weights;         // [T, K] fp32 (fp64 for fp64 logits)
-  int32_t* topk_ids;          // [T, K]
-  const void* router_logits;  // [T, E] dtype
-  const void* expert_bias;    // [E] fp32 (fp64 for fp64 logits), or null
+  void* topk_weights;             // [T, K] fp32 (fp64 for fp64 logits)
+  int32_t* topk_ids;              // [T, K]
+  const void* router_logits;      // [T, E] dtype
+  const void* expert_bias;        // [E] fp32 (fp64 for fp64 logits), or null
+  const int32_t* route_override;  // [T, K], or null
   int64_t num_tokens, num_experts, top_k;
   DType dtype;
   RouteOptions options;

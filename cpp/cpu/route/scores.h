@@ -1,0 +1,90 @@
+// Scores of a row of logits, by whole vectors. Rows are padded (route/kernels.h) with -infinity, whose score is 0.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "gemm/activate.h"
+#include "route/kernels.h"
+
+namespace moe::MOE_ISA {
+
+template <typename Real>
+inline constexpr Real kNone = -std::numeric_limits<Real>::infinity();
+
+// log(1 + u) for 0 <= u <= 1: 2 atanh(s) with s = u / (2 + u) <= 1/3, as a series that leaves less than half a unit.
+inline Vec<float> log1p(Vec<float> u) {
+  const Vec<float> s = u / (u + 2.0f), q = s * s;
+  Vec<float> p = broadcast(2.0f / 17);
+  p = p * q + 2.0f / 15;
+  p = p * q + 2.0f / 13;
+  p = p * q + 2.0f / 11;
+  p = p * q + 2.0f / 9;
+  p = p * q + 2.0f / 7;
+  p = p * q + 2.0f / 5;
+  p = p * q + 2.0f / 3;
+  return p * q * s + 2.0f * s;
+}
+inline Vec<double> log1p(Vec<double> u) {
+  return each_lane(u, [](double x) { return std::log1p(x); });
+}
+
+// Without overflow on either side.
+template <typename Real>
+inline Vec<Real> softplus(Vec<Real> z) {
+  return max<Real>(z, Vec<Real>{}) + log1p(exp(z < 0 ? z : -z));
+}
+
+template <typename Real>
+inline Real largest_of(const Real* x, int64_t padded) {
+  Vec<Real> best = broadcast(kNone<Real>);
+  for (int64_t i = 0; i < padded; i += kLanes<Real>) best = max<Real>(best, load(x + i));  // NaN is passed over
+  Real largest = best[0];
+  for (int i = 1; i < kLanes<Real>; ++i) largest = best[i] > largest ? best[i] : largest;
+  return largest;
+}
+
+template <typename Real>
+inline void softmax(const Real* z, int64_t padded, Real* v) {
+  const Vec<Real> largest = broadcast(largest_of(z, padded));
+  Vec<Real> sums{};
+  for (int64_t i = 0; i < padded; i += kLanes<Real>) {
+    const Vec<Real> e = exp(load(z + i) - largest);
+    store(v + i, e);
+    sums += e;
+  }
+  Real sum = sums[0];
+  for (int i = 1; i < kLanes<Real>; ++i) sum += sums[i];
+  const Vec<Real> scale = broadcast(1 / sum);
+  for (int64_t i = 0; i < padded; i += kLanes<Real>) store(v + i, load(v + i) * scale);
+}
+
+// v[0 .. padded) = score(z[0 .. padded))
+template <typename Real>
+inline void score(ScoreFunction function, const Real* z, int64_t padded, Real* v) {
+  if (function == ScoreFunction::kSoftmax) return softmax(z, padded, v);
+  if (function == ScoreFunction::kSigmoid) {
+    for (int64_t i = 0; i < padded; i += kLanes<Real>) store(v + i, sigmoid<Real>(load(z + i)));
+    return;
+  }
+  for (int64_t i = 0; i < padded; i += kLanes<Real>) store(v + i, softplus<Real>(load(z + i)));
+  for (int64_t i = 0; i < padded; ++i) v[i] = std::sqrt(v[i]);
+}
+
+// d score / dz of a score that depends on its own logit alone; `v` is the score.
+template <typename Real>
+inline Real score_derivative(ScoreFunction function, Real z, Real v) {
+  const Real tail = 1 / (1 + std::exp(z));  // sigmoid(-z), which 1 - v would cancel where v is near 1
+  if (function == ScoreFunction::kSigmoid) return v * tail;
+  return v > 0 ? (1 - tail) / (2 * v) : v;  // v = 0: the limit; NaN stays
+}
+
+// The row widened, and padded with -infinity up to route_padded(n).
+template <typename Storage>
+inline void load_logits(const Storage* logits, int64_t n, Wide<Storage>* z) {
+  using Real = Wide<Storage>;
+  for_vectors<Real>(n, [&](auto load, auto store) { store(z, load(logits)); });
+  for (int64_t i = n; i < route_padded(n); ++i) z[i] = kNone<Real>;
+}
+
+}  // namespace moe::MOE_ISA
