@@ -16,6 +16,7 @@ from pathlib import Path
 import layer_report
 import torch
 from layer_cases import CASES, PASSES
+from layer_claims import CLAIMS, Claim, run_claims
 from layer_runs import Bench, Row, run_cases, spin
 
 from torch_moe import _C
@@ -43,7 +44,7 @@ def some_of(names):
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="name the cases and their targets, then stop")
-    parser.add_argument("--case", type=some_of(CASES), default=tuple(CASES), help="some of the cases (default: all)")
+    parser.add_argument("--case", type=some_of((*CASES, *CLAIMS)), default=(*CASES, *CLAIMS), help="default: all")
     parser.add_argument("--dtype", type=some_of(DTYPES), help="default: those for which a case has a target")
     parser.add_argument("--pass", dest="passes", type=some_of(PASSES), default=tuple(PASSES))
     parser.add_argument("--routing", type=some_of(ROUTINGS), default=("uniform", "zipf"))
@@ -74,6 +75,8 @@ def list_cases() -> None:
         print(f"{case.name:<13} {sizes}, {shape.activation}{', caches flushed' if case.flushed else ''}")
         for (dtype, name), target in case.targets.items():
             print(f"    {dtype} {PASSES[name]}: peer {target.peer:g}, must {target.must:g}, aim {target.aim:g} %")
+    for claim in CLAIMS.values():
+        print(f"{claim.name:<17} {claim.words}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         display.note(f"real-time class: {quiet.refused or 'SCHED_FIFO for the timed calls, all threads'}")
     bench = Bench(display, quiet)
     rows: list[Row] = []
+    claims: list[Claim] = []
     by_layer = groupby((CASES[name] for name in CASES if name in options.case), key=lambda case: case.shape.name)
     try:
         for cases in [list(same) for _, same in by_layer]:
@@ -104,23 +108,31 @@ def main(argv: list[str] | None = None) -> None:
                     rounds=options.rounds,
                     seed=options.seed,
                 )
+        names = [name for name in CLAIMS if name in options.case]
+        claims += run_claims(
+            bench, names, options.dtype or ("fp32", "bf16"), options.routing, options.rounds, options.seed
+        )
     except KeyboardInterrupt:
         display.note("interrupted: what follows is what was measured until now")
-    if not rows:
+    if not rows and not claims:
         return display.note("nothing was measured")
+    bench.read_floor()
     limits = bench.machine
-    layer_report.show(display, rows, limits)
+    if rows:
+        layer_report.show(display, rows, limits)
+    if claims:
+        layer_report.show_claims(display, claims)
     slowest, spread = min(bench.readings, key=lambda reading: reading.gflops), len(bench.readings)
     display.note(
         f"floor: {limits.gflops:.0f} GFLOP/s of FMAs, {limits.read_gbytes:.1f} GB/s: the best of {spread} readings "
         f"(the slowest {slowest.gflops:.0f} GFLOP/s)"
     )
     if options.markdown:
-        print(layer_report.markdown(rows, limits))
+        print(layer_report.markdown(rows, claims, limits))
     if options.output is not None:
-        report.append_jsonl(options.output, layer_report.records(rows, limits, describe()))
+        report.append_jsonl(options.output, layer_report.records(rows, claims, limits, describe()))
         display.note(f"appended to {options.output}")
-    if options.plot is not None:
+    if options.plot is not None and rows:
         reason = plot.why_not_plot()
         if reason is None:
             environment = describe()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layer_cases import PASSES, Target
+from layer_claims import Claim
 from layer_runs import Row
 
 from torch_moe.cli.candidates import K_DENSE, TORCH_MOE
@@ -47,8 +48,23 @@ def show(display: Display, rows: Sequence[Row], limits: Machine) -> None:
     display.table("MoE FFN layer, weights and routing given; medians of the quietest samples", HEADER, table)
 
 
-def records(rows: Sequence[Row], limits: Machine, environment: dict[str, Any]) -> list[dict[str, Any]]:
-    """One JSON-ready record per row."""
+def show_claims(display: Display, claims: Sequence[Claim]) -> None:
+    """Print what must stay small, and the times it is made of."""
+    table = []
+    for claim in claims:
+        name = " ".join(filter(None, (claim.case, claim.dtype, claim.routing)))
+        numbers = [f"{claim.value:.3f}", f"{claim.must:g}/{claim.aim:g}", claim.verdict, f"{100 * claim.noise:.1f}"]
+        table.append([f"{name}: {claim.what}", *numbers])
+    display.table("Shares and growth", ("claim", "ratio", "must/aim", "", "noise %"), table)
+    for claim in claims:
+        times = ", ".join(f"{name} {value:.3g}" for name, value in claim.milliseconds.items())
+        display.note(f"{claim.case} {claim.dtype} {claim.routing}: {times} ms")
+
+
+def records(
+    rows: Sequence[Row], claims: Sequence[Claim], limits: Machine, environment: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One JSON-ready record per row and per claim."""
     dense = {_place(row): row.quiet.median for row in rows if row.contender == K_DENSE}
     lines = []
     for row in rows:
@@ -85,6 +101,10 @@ def records(rows: Sequence[Row], limits: Machine, environment: dict[str, Any]) -
         if row.target is not None and row.contender == TORCH_MOE:
             line |= {"peer": row.target.peer, "must": row.target.must, "aim": row.target.aim}
         lines.append(line)
+    for claim in claims:
+        milliseconds = {name: round(value, 4) for name, value in claim.milliseconds.items()}
+        numbers = {"ratio": round(claim.value, 4), "noise_kept": round(claim.noise, 4), "median_ms": milliseconds}
+        lines.append({**environment, **vars(claim), **numbers})
     return lines
 
 
@@ -92,8 +112,8 @@ def _place(row: Row) -> tuple[str, ...]:
     return row.case.name, row.dtype, row.pass_name, row.routing
 
 
-def markdown(rows: Sequence[Row], limits: Machine) -> str:
-    """Return the table of the README: the best and the worst routing of each case in one line."""
+def markdown(rows: Sequence[Row], claims: Sequence[Claim], limits: Machine) -> str:
+    """Return the tables of the README: the routings of a case in one line, then the claims."""
     lines = [
         "| case | pass | dtype | ms | % of floor | before | must | aim |",
         "|---|---|---|---:|---:|---:|---:|---:|",
@@ -109,6 +129,11 @@ def markdown(rows: Sequence[Row], limits: Machine) -> str:
         target = same[0].target
         known = [f"{target.peer:g}", f"{target.must:g}", f"{target.aim:g}"] if target else ["", "", ""]
         lines.append(f"| {' | '.join([name, pass_name, dtype, f'{milliseconds:.3g}', shown, *known])} |")
+    lines += ["", "| case | dtype | what | ratio | must | aim |", "|---|---|---|---:|---:|---:|"]
+    for claim in claims:
+        what = f"{claim.what}, {claim.routing}" if claim.routing else claim.what
+        cells = (claim.case, claim.dtype, what, f"{claim.value:.3f}", f"{claim.must:g}", f"{claim.aim:g}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

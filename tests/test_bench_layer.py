@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import bench_layer
 import layer_cases
+import layer_claims
 import layer_runs
 import pytest
 import torch
 from layer_cases import CASES
+from layer_claims import CLAIMS
 
 from torch_moe import _C
 from torch_moe.cli import floor
@@ -33,7 +35,7 @@ def small(monkeypatch, restore_threads):
 
 def run(tmp_path, *arguments):
     output = tmp_path / "bench.jsonl"
-    bench_layer.main(["--rounds", "1", "--output", str(output), *arguments])
+    bench_layer.main(["--case", ",".join(CASES), "--rounds", "1", "--output", str(output), *arguments])
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
@@ -125,7 +127,52 @@ def test_the_floor_is_that_of_the_best_instruction_set(monkeypatch):
 def test_list_names_every_case(capsys):
     bench_layer.main(["--list"])
     printed = capsys.readouterr().out
-    assert all(f"{name} " in printed for name in CASES)
+    assert all(f"{name} " in printed for name in (*CASES, *CLAIMS))
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Layers of the claims made small, except for their experts."""
+    right = layer_claims.make_problem
+
+    def make_problem(shape, *arguments):
+        return right(replace(shape, hidden_size=16, intermediate_size=16, num_tokens=64), *arguments)
+
+    monkeypatch.setattr(layer_claims, "make_problem", make_problem)
+
+
+def test_every_claim_is_measured(tmp_path, narrow, capsys):
+    lines = run(tmp_path, "--case", ",".join(CLAIMS), "--markdown")
+    assert {line["case"] for line in lines} == set(CLAIMS)
+    assert all(line["median_ms"] and line["ratio"] > 0 and line["must"] >= line["aim"] for line in lines)
+    (growing,) = [x for x in lines if (x["case"], x["dtype"], x["routing"]) == ("experts-8-to-256", "fp32", "zipf")]
+    assert list(growing["median_ms"]) == [f"{experts} experts" for experts in layer_claims.EXPERTS]
+    printed = capsys.readouterr().out
+    assert "stages-seed bf16 zipf: route + plan + combine / layer" in printed
+    assert "| route-plan-linear |" in printed
+
+
+def test_claims_are_ratios_of_their_medians(monkeypatch, narrow):
+    seconds = {"layer": 2.0, "route": 0.5, "plan": 0.25, "combine": 0.25, "T, E": 1.0, "2T, E": 2.5, "T, 2E": 3.0}
+    seconds |= {f"{experts} experts": float(experts) for experts in layer_claims.EXPERTS}
+    monkeypatch.setattr(
+        layer_claims, "interleave", lambda calls, **_: {name: Timing((seconds[name],), (0.0,)) for name in calls}
+    )
+    bench = layer_runs.Bench(layer_runs.Display(), layer_runs.Quiet(lambda: 1.0))
+    claims = layer_claims.run_claims(bench, tuple(CLAIMS), ["fp32"], ["uniform"], 1, 0)
+    values = [(claim.case, claim.value) for claim in claims]
+    stages = [(f"stages-{name}", 0.5) for name in ("seed", "mixtral", "qwen3")]
+    rest = [("experts-8-to-256", 32.0), ("experts-2048", 0.375)]
+    assert values == [*stages, *rest, ("route-plan-linear", 2.5), ("route-plan-linear", 3.0)]
+    assert all(claim.verdict == "MISSED" for claim in claims)
+
+
+def test_a_claim_too_large_is_left_out_and_said(monkeypatch, capsys):
+    monkeypatch.setattr(layer_claims.machine, "memory_budget", lambda: 1000)
+    bench_layer.main(["--case", "experts-2048,experts-8-to-256", "--dtype", "fp32", "--routing", "zipf"])
+    printed = capsys.readouterr().out
+    assert "not run: experts-2048, 2048 experts in fp32 need 1." in printed
+    assert "not run: experts-8-to-256, 256 experts in fp32 need 0." in printed
 
 
 def test_unknown_names_are_refused(capsys):
