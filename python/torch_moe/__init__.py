@@ -8,9 +8,19 @@ from torch_moe._load import load_extension
 
 __version__: str = str(load_extension().build_info()["version"])
 
-from torch_moe import nn, ops  # the operators exist only once the extension is loaded
+from torch_moe import losses, nn, ops  # the operators exist only once the extension is loaded
 from torch_moe.explain import explain
 from torch_moe.nn import Experts, MoE, TopKRouter
 from torch_moe.ops import Plan
 
-__all__ = ["Experts", "MoE", "Plan", "TopKRouter", "__version__", "explain", "nn", "ops"]
+__all__ = [
+    "Experts",
+    "MoE",
+    "Plan",
+    "TopKRouter",
+    "__version__",
+    "explain",
+    "losses",
+    "nn",
+    "ops",
+]
