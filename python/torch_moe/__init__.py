@@ -9,14 +9,20 @@ from torch_moe._load import load_extension
 __version__: str = str(load_extension().build_info()["version"])
 
 from torch_moe import losses, nn, ops  # the operators exist only once the extension is loaded
+from torch_moe.balancing import BiasBalancer
 from torch_moe.explain import explain
+from torch_moe.metrics import RoutingStats
 from torch_moe.nn import Experts, MoE, TopKRouter
+from torch_moe.observe import Observation
 from torch_moe.ops import Plan
 
 __all__ = [
+    "BiasBalancer",
     "Experts",
     "MoE",
+    "Observation",
     "Plan",
+    "RoutingStats",
     "TopKRouter",
     "__version__",
     "explain",

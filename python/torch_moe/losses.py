@@ -9,7 +9,7 @@ layers that collapse on different experts. Multiply by a coefficient and add to 
     loss = task_loss + 0.01 * load_balancing_loss(routing.router_logits, routing.topk_ids)
 
 NOTE: balance is not the minimum: f and P may disagree, and the value then falls below 1. Nor is the value a monitor:
-all tokens on one of 8 experts at probability .13 read 1.04. Watch the counts.
+all tokens on one of 8 experts at probability .13 read 1.04. Watch the counts (:class:`torch_moe.RoutingStats`).
 """
 
 from __future__ import annotations

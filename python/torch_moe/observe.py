@@ -1,0 +1,119 @@
+"""Hooks that read what routers decide, each forward once: the common part of balancers and statistics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torch_moe._routing import flat_mask, is_recomputing
+from torch_moe.nn.router import TopKRouter
+
+
+class Observation(NamedTuple):
+    """What one call of a router decided; what a balancer or metric does not need may be None.
+
+    Attributes
+    ----------
+    topk_ids : Tensor of shape (num_tokens, top_k), any integer dtype
+        The chosen experts. An id outside ``[0, num_experts)`` is not counted.
+    topk_weights : Tensor of shape (num_tokens, top_k), default=None
+        Their weights.
+    router_logits : Tensor of shape (num_tokens, num_experts), default=None
+        The logits.
+    expert_bias : Tensor of shape (num_experts,), default=None
+        What was added to the scores for the selection.
+    route_options : mapping, default=None
+        The keyword arguments of :func:`torch_moe.ops.route` that select these ids; None if none do.
+    tokens_per_expert : Tensor of shape (num_experts,), default=None
+        The load after capacity.
+    """
+
+    topk_ids: Tensor
+    topk_weights: Tensor | None = None
+    router_logits: Tensor | None = None
+    expert_bias: Tensor | None = None
+    route_options: Mapping[str, Any] | None = None
+    tokens_per_expert: Tensor | None = None
+
+
+Read = Callable[[nn.Module, tuple[Any, ...], Any], Observation]
+"""Makes an Observation of a router, the arguments it was called with, and what it returned."""
+
+# Those of route's options that the selection depends on.
+_SELECTION = ("score_function", "score_order", "num_groups", "topk_groups", "group_score", "group_mask")
+
+
+def read_router(router: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> Observation:
+    """Read a :class:`torch_moe.TopKRouter`, or any module that returns its three tensors."""
+    router_logits, topk_weights, topk_ids = output
+    options = None
+    if isinstance(router, TopKRouter):
+        options = {name: getattr(router, name) for name in _SELECTION if hasattr(router, name)}
+    return Observation(topk_ids, topk_weights, router_logits, getattr(router, "expert_bias", None), options)
+
+
+def find_routers(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the routers of a model in its order, each once; an iterable of modules is taken as it is."""
+    if isinstance(model, nn.Module):
+        return [module for module in model.modules() if isinstance(module, TopKRouter)]
+    return list(dict.fromkeys(model))
+
+
+class RouterObserver(ABC):
+    """Base of what watches the routers of a model, one *layer* per router.
+
+    It is no module: it lives beside the model as an optimiser does, with a ``state_dict`` of its own, so that neither
+    casting the model nor the broadcast of its buffers touches the counts.
+
+    Attributes
+    ----------
+    mask : Tensor or None
+        False or 0 where a token of the next forward is padding, one element per token in the routers' order. Set it
+        before each forward of a padded batch; None counts all tokens.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def watch(self, routers: Iterable[nn.Module], read: Read = read_router) -> None:
+        """Observe each forward of ``routers``, layer by layer in their order, until :meth:`detach`.
+
+        Parameters
+        ----------
+        routers : iterable of Module
+            One per layer.
+        read : callable, default=read_router
+            Makes an :class:`Observation` of a router, the arguments it was called with, and what it returned.
+        """
+        for layer, router in enumerate(routers):
+            self._hooks.append(router.register_forward_hook(partial(self._on_forward, layer, read)))
+
+    def _on_forward(self, layer: int, read: Read, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
+        # A forward inside the backward is the recomputation of one that was counted.
+        if self._wants(router) and not is_recomputing():
+            self.observe(read(router, inputs, output), layer, mask=self.mask)
+
+    def _wants(self, router: nn.Module) -> bool:
+        """Tell whether a forward of ``router`` in its present mode counts."""
+        return True
+
+    @abstractmethod
+    def observe(self, observation: Observation, layer: int = 0, *, mask: Tensor | None = None) -> None:
+        """Take in one forward of one layer, except the tokens where ``mask`` is False or 0."""
+
+    def detach(self) -> None:
+        """Remove the hooks; what was observed stays."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def token_mask(owner: str, observation: Observation, mask: Tensor | None) -> Tensor | None:
+    """Return the mask as booleans of shape (num_tokens,), or raise if it does not fit the observation."""
+    return flat_mask(owner, mask, observation.topk_ids.shape[0])
