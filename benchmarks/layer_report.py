@@ -114,27 +114,38 @@ def _place(row: Row) -> tuple[str, ...]:
 
 def markdown(rows: Sequence[Row], claims: Sequence[Claim], limits: Machine) -> str:
     """Return the tables of the README: the routings of a case in one line, then the claims."""
-    lines = [
-        "| case | pass | dtype | ms | % of floor | before | must | aim |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
-    ]
+    tables = [_markdown_rows(rows, limits)] if rows else []
+    tables += [_markdown_claims(claims)] if claims else []
+    return "\n\n".join(tables)
+
+
+def _markdown_rows(rows: Sequence[Row], limits: Machine) -> str:
     ours: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.contender == TORCH_MOE:
             ours.setdefault((row.case.name, PASSES[row.pass_name], row.dtype, row.isa), []).append(row)
+    table = []
     for (name, pass_name, dtype, _), same in ours.items():
         percents = sorted(row.percent_of_floor(limits) for row in same)
         shown = " to ".join(dict.fromkeys(f"{percent:.0f}" for percent in (percents[0], percents[-1])))
         milliseconds = statistics.median(row.quiet.median for row in same) * 1e3
         target = same[0].target
-        known = [f"{target.peer:g}", f"{target.must:g}", f"{target.aim:g}"] if target else ["", "", ""]
-        lines.append(f"| {' | '.join([name, pass_name, dtype, f'{milliseconds:.3g}', shown, *known])} |")
-    lines += ["", "| case | dtype | what | ratio | must | aim |", "|---|---|---|---:|---:|---:|"]
+        known = (f"{target.peer:g}", f"{target.must:g}", f"{target.aim:g}") if target else ("", "", "")
+        table.append((name, pass_name, dtype, f"{milliseconds:.3g}", shown, *known))
+    return _markdown_table(("case", "pass", "dtype"), ("ms", "% of floor", "before", "must", "aim"), table)
+
+
+def _markdown_claims(claims: Sequence[Claim]) -> str:
+    table = []
     for claim in claims:
         what = f"{claim.what}, {claim.routing}" if claim.routing else claim.what
-        cells = (claim.case, claim.dtype, what, f"{claim.value:.3f}", f"{claim.must:g}", f"{claim.aim:g}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        table.append((claim.case, claim.dtype, what, f"{claim.value:.3f}", f"{claim.must:g}", f"{claim.aim:g}"))
+    return _markdown_table(("case", "dtype", "what"), ("ratio", "must", "aim"), table)
+
+
+def _markdown_table(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] * len(words) + ["---:"] * len(numbers)
+    return "\n".join(f"| {' | '.join(row)} |" for row in ((*words, *numbers), rule, *rows))
 
 
 def draw(path: Path, rows: Sequence[Row], limits: Machine, title: str) -> None:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import layer_transformers
 import torch
 from layer_cases import Case, Target
 
 from torch_moe import _C
 from torch_moe.cli import floor, machine
-from torch_moe.cli.candidates import GROUPED_MM, K_DENSE, LOOP, TORCH_MOE, make_candidates
+from torch_moe.cli.candidates import GROUPED_MM, K_DENSE, LOOP, TORCH_MOE, Candidate, make_candidates
 from torch_moe.cli.display import Display
 from torch_moe.cli.floor import Machine, Work
 from torch_moe.cli.limits import Limits
@@ -58,6 +59,12 @@ class Bench:
     display: Display
     quiet: Quiet
     readings: list[Machine] = field(default_factory=list)
+    _notes: set[str] = field(default_factory=set)
+
+    def note_once(self, text: str) -> None:
+        if text not in self._notes:
+            self._notes.add(text)
+            self.display.note(text)
 
     @property
     def machine(self) -> Machine:
@@ -155,24 +162,44 @@ def _contenders(
 ) -> list[tuple[Row, Callable[[], object]]]:
     """Verify everything that computes this case, and return what is to be timed."""
     candidates, skipped = make_candidates(problem, only=CONTENDERS if compare else CONTENDERS[:1])
+    if compare:
+        candidates += layer_transformers.make_candidates(problem)
+        skipped["hf_eager, hf_grouped_mm"] = layer_transformers.why_not(problem)
     for name, reason in skipped.items():
-        bench.display.note(f"not run: {name}: {reason}")
-    wanted = [name for name in passes if name in case.passes(dtype)]
-    tokens = max(2, min(32, VERIFIED_PARAMETERS // problem.shape.params_per_expert))
-    for isa in isas:
-        ours = [candidate for candidate in candidates if candidate.name == TORCH_MOE]
-        others = [candidate for candidate in candidates if candidate.name != TORCH_MOE and isa == isas[0]]
-        with using_isa(isa):
-            verify(problem, ours + others, backward="backward" in wanted, sample_size=tokens)
+        if reason is not None:
+            bench.note_once(f"not run: {name}: {reason}")
+    measured = {
+        candidate.name: [
+            name
+            for name in passes
+            if name in case.passes(dtype) and not layer_transformers.takes_too_long(candidate, name)
+        ]
+        for candidate in candidates
+    }
+    _verify(problem, candidates, measured, isas)
     found = []
-    for name in wanted:
-        for candidate in candidates:
+    for candidate in candidates:
+        for name in measured[candidate.name]:
+            call = candidate.backward_call(problem) if name == "backward" else candidate.forward_call(problem)
+            work = candidate.work_with_backward if name == "backward" else candidate.work
             for isa in isas if candidate.name == TORCH_MOE else ("",):
-                call = candidate.backward_call(problem) if name == "backward" else candidate.forward_call(problem)
-                work = candidate.work_with_backward if name == "backward" else candidate.work
                 row = Row(case, dtype, name, routing, candidate.name, isa, Timing(()), work, problem.tokens_per_expert)
                 found.append((row, _with_isa(isa, call) if isa else call))
     return found
+
+
+def _verify(
+    problem: Problem, candidates: Sequence[Candidate], measured: dict[str, list[str]], isas: Sequence[str]
+) -> None:
+    """Verify ours by each instruction set, the others once; gradients where they are measured."""
+    tokens = max(2, min(32, VERIFIED_PARAMETERS // problem.shape.params_per_expert))
+    for isa in isas:
+        due = [candidate for candidate in candidates if candidate.name == TORCH_MOE or isa == isas[0]]
+        for backward in (False, True):
+            same = [candidate for candidate in due if ("backward" in measured[candidate.name]) == backward]
+            if same:
+                with using_isa(isa):
+                    verify(problem, same, backward=backward, sample_size=tokens)
 
 
 def _with_isa(isa: str, call: Callable[[], object]) -> Callable[[], object]:

@@ -68,6 +68,21 @@ def test_contenders_and_instruction_sets(tmp_path, capsys):
     assert "| switch-t512 | forward+backward | fp32 |" in printed
 
 
+def test_transformers_experts_are_contenders(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    lines = run(tmp_path, "--case", "seed-t512,switch-t512", "--dtype", "fp32,bf16", "--routing", "zipf", "--compare")
+    found = {(line["case"], line["dtype"], line["pass"]) for line in lines if line["candidate"] == "hf_grouped_mm"}
+    assert len(found) == 2 * 2 * 2
+    assert {line["case"] for line in lines if line["candidate"] == "hf_eager"} == {"seed-t512", "switch-t512"}
+    assert "not run: hf" not in capsys.readouterr().out
+
+
+def test_absent_transformers_are_told_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(layer_runs.layer_transformers.importlib.util, "find_spec", lambda name: None)
+    run(tmp_path, "--case", "seed-t1,seed-t16", "--dtype", "fp32", "--compare")
+    assert capsys.readouterr().out.count("not run: hf_eager, hf_grouped_mm: transformers is not installed") == 1
+
+
 def test_a_wrong_result_ends_the_run(tmp_path, monkeypatch):
     right = layer_runs.make_problem
 

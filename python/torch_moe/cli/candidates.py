@@ -27,8 +27,6 @@ LABELS = {
 }
 # (hidden_states, topk_weights, topk_ids) -> output
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# These compute the same function as the layer, router included unless the routing is given.
-EQUAL_TO_MOE = (TORCH_MOE, LOOP, GROUPED_MM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +39,7 @@ class Candidate:
     parameters: tuple[torch.Tensor, ...]
     work: Work
     work_with_backward: Work
+    is_dense: bool = False  # a function of its own; the others compute the layer's
 
     def forward_call(self, problem: Problem) -> Callable[[], object]:
         """Return what is timed for the forward: inference, no graph."""
@@ -64,6 +63,48 @@ class Candidate:
         return output.detach(), torch.autograd.grad(output, (leaf, *self.parameters), grad_output)
 
 
+def routed_candidate(
+    problem: Problem,
+    name: str,
+    experts: Experts,
+    layer: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Candidate:
+    """Build a candidate that computes the layer's function.
+
+    Parameters
+    ----------
+    problem : Problem
+        The layer and its input.
+    name : str
+        Of the candidate.
+    experts : callable
+        The layer from its routing on: (hidden_states, topk_weights, topk_ids) -> output.
+    layer : callable or None, default=None
+        The whole layer; None routes in plain torch. Not used where the routing is given.
+    """
+    shape, weights, given = problem.shape, problem.weights, problem.given_routing
+    size = problem.hidden_states.element_size()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if given:
+            return experts(x, problem.topk_weights, problem.topk_ids)
+        return layer(x) if layer else experts(x, *baselines.route(x, weights, shape, problem.forced_ids))
+
+    one, two = (
+        moe_work(shape, problem.tokens_per_expert, size, backward=backward, given_routing=given)
+        for backward in (False, True)
+    )
+    _, *expert_parameters = weights.trainable()
+    return Candidate(
+        name=name,
+        num_experts=shape.num_experts,
+        forward=forward,
+        parameters=(problem.topk_weights, *expert_parameters) if given else weights.trainable(),
+        work=one,
+        work_with_backward=two,
+    )
+
+
 def make_candidates(problem: Problem, *, only: tuple[str, ...] | None = None) -> tuple[list[Candidate], dict[str, str]]:
     """Build the candidates that fit this machine.
 
@@ -84,27 +125,11 @@ def make_candidates(problem: Problem, *, only: tuple[str, ...] | None = None) ->
     shape, weights, size = problem.shape, problem.weights, problem.hidden_states.element_size()
     skipped: dict[str, str] = {}
 
-    def moe(name: str, forward: Callable[[torch.Tensor], torch.Tensor], experts: Experts) -> Candidate:
-        given = problem.given_routing
-        one, two = (
-            moe_work(shape, problem.tokens_per_expert, size, backward=backward, given_routing=given)
-            for backward in (False, True)
-        )
-        _, *expert_parameters = weights.trainable()
-        return Candidate(
-            name=name,
-            num_experts=shape.num_experts,
-            forward=(lambda x: experts(x, problem.topk_weights, problem.topk_ids)) if given else forward,
-            parameters=(problem.topk_weights, *expert_parameters) if given else weights.trainable(),
-            work=one,
-            work_with_backward=two,
-        )
-
     def in_torch(name: str, function: Callable[..., torch.Tensor]) -> Candidate:
         def experts(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
             return function(x, topk_weights, topk_ids, weights, shape)
 
-        return moe(name, lambda x: experts(x, *baselines.route(x, weights, shape, problem.forced_ids)), experts)
+        return routed_candidate(problem, name, experts)
 
     def dense(name: str, parts: list[baselines.DenseWeights], num_experts: int) -> Candidate:
         def forward(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -122,11 +147,12 @@ def make_candidates(problem: Problem, *, only: tuple[str, ...] | None = None) ->
             parameters=parameters,
             work=one,
             work_with_backward=two,
+            is_dense=True,
         )
 
     def build(name: str) -> Candidate | None:
         if name == TORCH_MOE:
-            return moe(name, problem.forward, problem.forward_routed)
+            return routed_candidate(problem, name, problem.forward_routed, problem.forward)
         if name == LOOP:
             return in_torch(name, baselines.loop_over_experts)
         if name == GROUPED_MM:

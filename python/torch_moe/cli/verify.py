@@ -13,7 +13,7 @@ import torch
 
 from torch_moe import reference
 from torch_moe.cli import baselines
-from torch_moe.cli.candidates import EQUAL_TO_MOE, LABELS, Candidate
+from torch_moe.cli.candidates import LABELS, Candidate
 from torch_moe.cli.errors import WrongResult
 from torch_moe.cli.problem import Problem
 from torch_moe.testing import assert_close
@@ -53,12 +53,14 @@ def verify(problem: Problem, candidates: Sequence[Candidate], *, backward: bool,
     expected = _Expected(problem, sample, backward=backward)
     for candidate in candidates:
         try:
-            if candidate.name in EQUAL_TO_MOE:
-                expected.check(candidate)
-            else:
+            if candidate.is_dense:
                 _check_dense(problem, candidate, sample)
+            else:
+                expected.check(candidate)
         except AssertionError as error:
-            raise WrongResult(f"{LABELS[candidate.name]} differs from the fp64 reference: {error}") from error
+            raise WrongResult(
+                f"{LABELS.get(candidate.name, candidate.name)} differs from the fp64 reference: {error}"
+            ) from error
     return len(sample)
 
 
