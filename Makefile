@@ -11,7 +11,7 @@ ENV         := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 RUN         := $(ENV)/bin/python
 CMAKE       := PATH="$(abspath $(ENV))/bin:$$PATH" $(ENV)/bin/cmake
 BUILD_TOOLS := scikit-build-core cmake ninja pybind11
-EXTRAS      := bench,test,lint
+EXTRAS      := bench,test,lint,transformers
 CXX_FILES    = $(shell find cpp cuda tests -type f 2>/dev/null | grep -E '\.(h|cuh|cpp|cu|inc)$$')
 SOURCES     := $(shell find cpp cuda python CMakeLists.txt pyproject.toml -type f ! -path '*__pycache__*' 2>/dev/null)
 STAMP       := $(ENV)/.torch-moe-installed

@@ -1,0 +1,86 @@
+"""Make torch-moe an experts implementation of transformers, and take it away again."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from torch_moe.integrations.transformers.forward import experts_forward
+from torch_moe.integrations.transformers.fp8 import fp8_experts_forward
+from torch_moe.integrations.transformers.gate import Host
+
+NAME = "torch_moe"
+STOCK = "grouped_mm"  # the implementation that every decorated model takes by default
+
+ExpertsForward: TypeAlias = Callable[[Host, Tensor, Tensor, Tensor], Tensor]
+
+
+def enable(as_default: bool = False) -> None:
+    """Register the experts implementation ``"torch_moe"`` with transformers, for dense and for FP8 experts.
+
+    A model takes it by ``from_pretrained(..., experts_implementation="torch_moe")``, also ``from_config``, or later by
+    ``model.set_experts_implementation("torch_moe")``. Every model whose experts class carries transformers'
+    ``use_experts_implementation`` can; for the others there is :func:`swap`. May be called again, before or after a
+    model is made.
+
+    Parameters
+    ----------
+    as_default : bool, default=False
+        Also take the place of ``"grouped_mm"``, transformers' default: every model of this process then runs on
+        torch-moe without being told, on the devices it has kernels for; on others the default stays.
+
+    Raises
+    ------
+    ImportError
+        If transformers is absent or has no experts interface.
+    """
+    dense, fp8 = _interfaces()
+    dense.register(NAME, experts_forward)
+    fp8.register(NAME, fp8_experts_forward)
+    if as_default:
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
+        dense.register(STOCK, _where_there_are_kernels(experts_forward, grouped_mm_experts_forward))
+
+
+def disable() -> None:
+    """Undo :func:`enable`: remove ``"torch_moe"`` and put transformers' own default back.
+
+    A model that is still set to ``"torch_moe"`` raises transformers' KeyError at its next call; set it to another
+    implementation first.
+    """
+    dense, fp8 = _interfaces()
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    for interface in (dense, fp8):
+        interface._global_mapping.pop(NAME, None)
+    dense.register(STOCK, grouped_mm_experts_forward)
+
+
+def is_enabled() -> bool:
+    """Tell whether ``"torch_moe"`` is registered."""
+    return NAME in _interfaces()[0]._global_mapping
+
+
+def _interfaces() -> tuple[Host, Host]:
+    try:
+        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+        from transformers.integrations.moe import ExpertsInterface
+    except ImportError as error:
+        raise ImportError(
+            "torch_moe.integrations.transformers needs transformers with an experts interface, which this environment "
+            "lacks (pip install 'torch-moe[transformers]')"
+        ) from error
+    return ExpertsInterface, FP8ExpertsInterface
+
+
+def _where_there_are_kernels(ours: ExpertsForward, stock: ExpertsForward) -> ExpertsForward:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    devices = ("meta", *(d for d in ("cpu", "cuda") if has_kernel("moe::experts", d.upper())))
+
+    def forward(self: Host, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        implementation = ours if hidden_states.device.type in devices else stock
+        return implementation(self, hidden_states, top_k_index, top_k_weights)
+
+    return forward
