@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from torch_moe import ops
 from torch_moe.nn._common import require, uniform_by_fan_in_
@@ -34,13 +35,23 @@ class Experts(nn.Module):
         hidden_size, intermediate_size); ``"in_out"`` swaps the last two dimensions of both.
     recompute : bool, default=False
         Keep no pre-activation for the backward; it is computed again.
+    dropout : float, default=0.0
+        In training, zero each intermediate value inside an expert with this probability and divide the others by its
+        complement. Switch fine-tunes with 0.4. The stages then run one by one and keep what lies between them.
+    expert_dropout : float, default=0.0
+        In training, skip each chosen expert of a token with this probability and divide the weights of the others by
+        its complement. With either kind, the output's expectation over what is dropped is that of evaluation.
     device, dtype
         Of the parameters.
 
     Raises
     ------
     ValueError
-        If a size is less than 1 or an option is unknown.
+        If a size is less than 1, an option is unknown, or ``dropout`` is to go with ``recompute``.
+
+    References
+    ----------
+    arXiv 2101.03961, section 2.4 (dropout inside experts).
     """
 
     gate_up_proj: nn.Parameter
@@ -62,6 +73,8 @@ class Experts(nn.Module):
         limit: float | None = None,
         up_offset: float = 0.0,
         recompute: bool = False,
+        dropout: float = 0.0,
+        expert_dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -80,6 +93,13 @@ class Experts(nn.Module):
         require(
             "Experts", plain or activation == "swiglu", f"alpha, limit and up_offset shape swiglu, not {activation}"
         )
+        for name, probability in (("dropout", dropout), ("expert_dropout", expert_dropout)):
+            require("Experts", 0 <= probability < 1, f"{name} must be in [0, 1), got {probability}")
+        require(
+            "Experts",
+            dropout == 0 or not recompute,
+            f"dropout={dropout} keeps what recompute=True would not: use torch.utils.checkpoint instead",
+        )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_experts = num_experts
@@ -90,6 +110,8 @@ class Experts(nn.Module):
         self.limit = limit
         self.up_offset = up_offset
         self.recompute = recompute
+        self.dropout = dropout
+        self.expert_dropout = expert_dropout
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
@@ -135,6 +157,10 @@ class Experts(nn.Module):
         Tensor of shape (num_tokens, hidden_size)
             The weighted sums.
         """
+        if self.training and self.expert_dropout > 0:
+            topk_weights = functional.dropout(topk_weights, self.expert_dropout)
+        if self.training and self.dropout > 0:
+            return self._forward_with_dropout(hidden_states, topk_weights, plan)
         return ops.experts(
             hidden_states,
             self.gate_up_proj,
@@ -152,6 +178,23 @@ class Experts(nn.Module):
             recompute=self.recompute,
         )
 
+    def _forward_with_dropout(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan) -> Tensor:
+        """Run the stages one by one, because nothing enters the fused operator between its two products."""
+        offsets, layout = plan.expert_offsets, self.weight_layout
+        rows = ops.permute(hidden_states, plan)
+        rows = ops.grouped_gemm(rows, self.gate_up_proj, offsets, self.gate_up_proj_bias, layout)
+        rows = ops.activation(
+            rows,
+            self.activation,
+            gate_layout=self.gate_layout,
+            alpha=self.alpha,
+            limit=self.limit,
+            up_offset=self.up_offset,
+        )
+        rows = functional.dropout(rows, self.dropout)
+        rows = ops.grouped_gemm(rows, self.down_proj, offsets, self.down_proj_bias, layout)
+        return ops.combine(rows, topk_weights, plan)
+
     def extra_repr(self) -> str:
         """Return sizes and options."""
         text = f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
@@ -160,4 +203,8 @@ class Experts(nn.Module):
         text += f"weight_layout={self.weight_layout}"
         if (self.alpha, self.limit, self.up_offset) != (1.0, None, 0.0):
             text += f", alpha={self.alpha}, limit={self.limit}, up_offset={self.up_offset}"
+        if self.dropout > 0:
+            text += f", dropout={self.dropout}"
+        if self.expert_dropout > 0:
+            text += f", expert_dropout={self.expert_dropout}"
         return text + (", recompute=True" if self.recompute else "")
