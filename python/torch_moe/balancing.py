@@ -157,7 +157,7 @@ class BiasBalancer(RouterObserver):
             )
         sizes = sorted({getattr(router, bias_name).numel() for router in routers})
         _require(len(sizes) == 1, f"all layers must have as many experts, got {sizes} (attach one balancer to each)")
-        grouped = [router for router in routers if getattr(router, "num_groups", 1) > 1]
+        grouped = [router for router in routers if getattr(getattr(router, "config", router), "num_groups", 1) > 1]
         ungrouped = options.get("method") != "quantile" or not grouped
         _require(ungrouped, "method 'quantile' needs routers without groups (use 'sign' or 'proportional')")
         balancer = cls(sizes[0], len(routers), **options)
@@ -211,7 +211,11 @@ class BiasBalancer(RouterObserver):
         if router_logits is None:
             raise ValueError("BiasBalancer: method 'quantile' needs router_logits in the observation")
         by_logit = options.get("score_order") == "topk_then_score"
-        score = router_logits if by_logit else scores(router_logits, options.get("score_function", "softmax"))
+        score = (
+            router_logits
+            if by_logit
+            else scores(router_logits, options.get("score_function", observation.score_function))
+        )
         self._move(layer, score.device)
         target, num_tokens = _balancing_bias(score, observation.expert_bias, observation.topk_ids.shape[-1], mask)
         self._targets[layer].add_(torch.cat([target * num_tokens, num_tokens.view(1)]))

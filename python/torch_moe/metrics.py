@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_moe import ops, reference
 from torch_moe._routing import count_tokens, flat_mask, is_recomputing, probabilities, scores, sum_over_ranks
 from torch_moe.nn.layer import MoE
-from torch_moe.observe import Observation, Read, RouterObserver, find_routers, read_router, token_mask
+from torch_moe.observe import Observation, Read, RouterObserver, find_routers, num_choices, read_router, token_mask
 from torch_moe.summary import Summary
 
 if TYPE_CHECKING:
@@ -122,23 +122,23 @@ class RoutingStats(RouterObserver):
         routers = find_routers(model)
         if not routers:
             raise ValueError("RoutingStats: no router to watch")
-        stats = cls([int(getattr(router, "num_experts")) for router in routers])  # noqa: B009
+        stats = cls([num_choices(router) for router in routers])
         stats.watch(routers, read)
         layers = {router: layer for layer, router in enumerate(routers)}
         for module in model.modules() if isinstance(model, nn.Module) else ():
             if isinstance(module, MoE):
                 layer = layers[module.router]
-                stats._layers[layer].sees_drops = True
+                stats._layers[layer].num_limited = module.experts.num_experts
                 hook = partial(stats._on_experts, layer)
                 stats._hooks.append(module.experts.register_forward_pre_hook(hook))
         return stats
 
     @torch.no_grad()
-    def _on_experts(self, layer: int, experts: nn.Module, inputs: tuple[Tensor, Tensor, ops.Plan]) -> None:
+    def _on_experts(self, layer: int, experts: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Take off the slots that are kept from those that :meth:`observe` took for dropped."""
         if is_recomputing():
             return
-        kept = inputs[2].slot_to_row >= 0  # [T, K]
+        kept = next(value for value in inputs if isinstance(value, ops.Plan)).slot_to_row >= 0  # [T, K]
         mask = flat_mask("RoutingStats", self.mask, kept.shape[0])
         if mask is not None:
             kept = kept & mask.unsqueeze(-1)
@@ -165,7 +165,7 @@ class RoutingStats(RouterObserver):
             If the mask does not fit, or ``observation.tokens_per_expert`` is given with a mask: capacity counted the
             padding.
         """
-        ids, weights, logits, bias, options, kept = observation
+        ids, weights, logits, bias, options, kept, score_function = observation
         mask = token_mask("RoutingStats", observation, mask)
         if kept is not None and mask is not None:
             raise ValueError("RoutingStats: tokens_per_expert counts padding, leave it out of a masked observation")
@@ -182,8 +182,9 @@ class RoutingStats(RouterObserver):
         sums.tokens_per_expert += counts
         seen = num_slots > 0
         sums.add_mean("micro_max_vio", torch.where(seen, max_vio(counts), 0), seen)
-        if sums.sees_drops:
-            sums.add_mean("drop_rate", num_slots, num_slots)
+        if sums.num_limited is not None:
+            limited = counts[: sums.num_limited].sum()
+            sums.add_mean("drop_rate", limited, limited)
         elif kept is not None:
             sums.add_mean("drop_rate", num_slots - kept.sum(), num_slots)
 
@@ -191,11 +192,9 @@ class RoutingStats(RouterObserver):
             sums.gate_mass += _per_expert(torch.where(counted, weights, 0), ids, counted, num_experts)
         if logits is None:
             return
-        if mask is not None:
-            logits = logits.masked_fill(~mask.unsqueeze(-1), 0)
         token = torch.ones_like(ids[:, 0], dtype=torch.bool) if mask is None else mask  # [T]
-        options = dict(options or {})
-        probability = probabilities(logits, options.get("score_function", "softmax"))
+        options = {"score_function": score_function, **(options or {})}
+        probability = probabilities(logits, options["score_function"])
         entropy = torch.special.entr(probability).sum(dim=-1) / max(math.log(num_experts), 1e-300)
         sums.add_mean("entropy", torch.where(token, entropy, 0).sum(), token.sum())
         sums.probability_mass += probability.masked_fill(~token.unsqueeze(-1), 0).sum(dim=0, dtype=torch.float64)
@@ -317,7 +316,7 @@ class _Sums:
         self.gate_mass = torch.zeros(num_experts, dtype=torch.float64)
         self.probability_mass = torch.zeros(num_experts, dtype=torch.float64)
         self.means = torch.zeros(2, len(_MEANS), dtype=torch.float64)  # sums, and the weights they are over
-        self.sees_drops = False
+        self.num_limited: int | None = None  # experts whose kept slots are seen, the first ones
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("tokens_per_expert", "gate_mass", "probability_mass", "means")
@@ -365,7 +364,7 @@ def _per_expert(values: Tensor, ids: Tensor, counted: Tensor, num_experts: int) 
 def _margins(logits: Tensor, bias: Tensor | None, ids: Tensor, counted: Tensor, options: dict[str, Any]) -> Tensor:
     """Return the lowest chosen minus the highest other candidate of each token, [T]."""
     by_logit = options.get("score_order") == "topk_then_score"
-    candidates = logits if by_logit else scores(logits, options.get("score_function", "softmax"))
+    candidates = logits if by_logit else scores(logits, options["score_function"])
     if bias is not None:
         candidates = candidates + bias
     num_experts = logits.shape[-1]

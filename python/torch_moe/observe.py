@@ -31,6 +31,8 @@ class Observation(NamedTuple):
         The keyword arguments of :func:`torch_moe.ops.route` that select these ids; None if none do.
     tokens_per_expert : Tensor of shape (num_experts,), default=None
         The load after capacity.
+    score_function : str, default="softmax"
+        What makes probabilities of the logits, where ``route_options`` does not tell.
     """
 
     topk_ids: Tensor
@@ -39,6 +41,7 @@ class Observation(NamedTuple):
     expert_bias: Tensor | None = None
     route_options: Mapping[str, Any] | None = None
     tokens_per_expert: Tensor | None = None
+    score_function: str = "softmax"
 
 
 Read = Callable[[nn.Module, tuple[Any, ...], Any], Observation]
@@ -51,10 +54,32 @@ _SELECTION = ("score_function", "score_order", "num_groups", "topk_groups", "gro
 def read_router(router: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> Observation:
     """Read a :class:`torch_moe.TopKRouter`, or any module that returns its three tensors."""
     router_logits, topk_weights, topk_ids = output
-    options = None
-    if isinstance(router, TopKRouter):
-        options = {name: getattr(router, name) for name in _SELECTION if hasattr(router, name)}
-    return Observation(topk_ids, topk_weights, router_logits, getattr(router, "expert_bias", None), options)
+    bias = getattr(router, "expert_bias", None)
+    if not isinstance(router, TopKRouter):
+        return Observation(topk_ids, topk_weights, router_logits, bias)
+    config = config_of(router)
+    options = {name: getattr(config, name) for name in _SELECTION if hasattr(config, name)}
+    by_route = getattr(config, "selection", "topk") in ("topk", "top2_gshard") and not getattr(
+        config, "force_balanced", False
+    )
+    return Observation(
+        topk_ids,
+        topk_weights,
+        router_logits,
+        bias,
+        options if by_route else None,
+        score_function=options["score_function"],
+    )
+
+
+def config_of(router: TopKRouter) -> Any:  # noqa: ANN401
+    """Return what has the options of a router as attributes."""
+    return getattr(router, "config", router)
+
+
+def num_choices(router: nn.Module) -> int:
+    """Return the number of experts a token can choose from, those without weights included."""
+    return int(getattr(getattr(router, "config", router), "num_choices", None) or router.num_experts)  # type: ignore[arg-type]
 
 
 def find_routers(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
