@@ -15,6 +15,8 @@ from torch_moe.metrics import RoutingStats
 from torch_moe.nn import Experts, MoE, TopKRouter
 from torch_moe.observe import Observation
 from torch_moe.ops import Plan
+from torch_moe.trace import trace
+from torch_moe.upcycling import upcycle
 
 __all__ = [
     "BiasBalancer",
@@ -29,4 +31,6 @@ __all__ = [
     "losses",
     "nn",
     "ops",
+    "trace",
+    "upcycle",
 ]
