@@ -145,7 +145,8 @@ def _read(ffn: nn.Module, options: Mapping[str, Any]) -> _Dense:
             own,
         )
     if isinstance(ffn, nn.Sequential) and [isinstance(part, nn.Linear) for part in ffn] == [True, False, True]:
-        linears, known, kind = [ffn[0], ffn[2]], _UNGATED, _kind(ffn[1])
+        linears: list[object] = [ffn[0], ffn[2]]
+        known, kind = _UNGATED, _kind(ffn[1])
     else:
         linears = [getattr(ffn, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         known, kind = _GATED, _kind(getattr(ffn, "act_fn", None))
@@ -158,15 +159,15 @@ def _read(ffn: nn.Module, options: Mapping[str, Any]) -> _Dense:
     activation = options.get("activation") or known.get(kind)
     if activation is None:
         raise ValueError(f"upcycle: the activation {kind} is not known here: give activation=...")
+    weights = [linear.weight for linear in projections]
     biases = [linear.bias for linear in projections if linear.bias is not None]
     if len(biases) not in (0, len(projections)):
         raise ValueError("upcycle: all projections must have a bias, or none (add one of zeros)")
-    *ups, down = projections
     return _Dense(
-        torch.stack(tuple(linear.weight for linear in ups)),
-        down.weight,
-        torch.stack(biases[:-1]) if biases else None,
-        down.bias,
+        torch.stack(tuple(weights[:-1])),
+        weights[-1],
+        torch.stack(tuple(biases[:-1])) if biases else None,
+        projections[-1].bias,
         {"activation": activation},
     )
 
