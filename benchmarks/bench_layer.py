@@ -17,12 +17,13 @@ import layer_report
 import torch
 from layer_cases import CASES, PASSES
 from layer_claims import CLAIMS, Claim, run_claims
-from layer_runs import Bench, Row, run_cases, spin
+from layer_runs import Bench, Row, run_cases
 
 from torch_moe import _C
 from torch_moe.cli import plot, report
 from torch_moe.cli.bench import describe
 from torch_moe.cli.display import Display
+from torch_moe.cli.floor import spin
 from torch_moe.cli.problem import DTYPES
 from torch_moe.testing import ROUTINGS
 from torch_moe.testing.quiet import Quiet
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     display = Display()
     quiet = Quiet(spin, realtime=options.realtime)
     if options.realtime:
-        display.note(f"real-time class: {quiet.refused or 'SCHED_FIFO for the timed calls, all threads'}")
+        display.note(quiet.words)
     bench = Bench(display, quiet)
     rows: list[Row] = []
     claims: list[Claim] = []

@@ -91,12 +91,6 @@ def using_isa(isa: str):
         _C.set_isa(before)
 
 
-def spin() -> float:
-    """Arithmetic on registers for a few milliseconds."""
-    with using_isa(_C.available_isas()[0]):
-        return _C.fma_rate(seconds=0.0)
-
-
 def make_flush() -> Callable[[], object]:
     """Return a function that reads more memory than the caches hold, on all threads."""
     cached = torch.ones(max(LEAST_FLUSH_BYTES, 2 * machine.last_level_cache_bytes()) // 4)

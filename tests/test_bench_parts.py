@@ -91,20 +91,6 @@ def test_memory_respects_the_container(tmp_path):
     assert machine.available_memory(tmp_path / "nowhere") == machine.UNKNOWN_MEMORY
 
 
-def test_realtime_says_what_came_of_it(monkeypatch):
-    asked = []
-
-    def refuse(pid, policy, param):
-        asked.append(policy)
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(machine.os, "sched_setscheduler", refuse)
-    assert machine.request_realtime().startswith("real-time scheduling: refused (Operation not permitted)")
-    assert asked == [machine.os.SCHED_FIFO, machine.os.SCHED_RR]
-    monkeypatch.setattr(machine.os, "sched_setscheduler", lambda pid, policy, param: None)
-    assert machine.request_realtime() == "real-time scheduling: SCHED_FIFO"
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_baselines_activate_as_the_reference_does(name):
     shape = SHAPES[name]

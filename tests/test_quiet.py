@@ -45,6 +45,7 @@ def test_refusal_is_told_and_samples_run_all_the_same(scheduler, monkeypatch):
     monkeypatch.setattr(quiet.os, "sched_setscheduler", refuse)
     run = Quiet(lambda: 1.0, realtime=True)
     assert run.refused == "SCHED_FIFO refused (Operation not permitted)"
+    assert "refused" in run.words
     assert run(lambda: 3.0)[0] == 3.0
 
 

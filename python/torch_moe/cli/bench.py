@@ -16,9 +16,11 @@ from torch_moe import _C
 from torch_moe.cli import machine, plot, report
 from torch_moe.cli.display import Display
 from torch_moe.cli.errors import UsageError
+from torch_moe.cli.floor import spin
 from torch_moe.cli.measure import measure_layer, measure_scaling
 from torch_moe.cli.results import LayerResult, records
 from torch_moe.cli.shapes import SHAPES, LayerShape
+from torch_moe.testing.quiet import Quiet
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,10 +37,11 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None and options.plot.suffix.lower() != ".png":
         raise UsageError(f"--plot draws a PNG: name a file that ends in .png, got {str(options.plot)!r}")
     display = Display(json_only=options.json)
-    if options.realtime:  # before torch starts its threads, which inherit the class
-        display.note(machine.request_realtime())
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    quiet = Quiet(spin, realtime=options.realtime)
+    if options.realtime:
+        display.note(quiet.words)
 
     environment = describe()
     display.note(
@@ -47,9 +50,9 @@ def run(options: argparse.Namespace) -> int:
     )
     results: list[LayerResult] = []
     for dtype in options.dtype:
-        results.append(measure_layer(display, options, shape, dtype))
+        results.append(measure_layer(display, options, shape, dtype, quiet))
         report.show_layer(display, results[-1])
-    measured = [measure_scaling(display, options, larger, options.dtype[0]) for larger in scaled]
+    measured = [measure_scaling(display, options, larger, options.dtype[0], quiet) for larger in scaled]
     scaling = [result for result in measured if result is not None]
     if scaling:
         report.show_scaling(display, scaling)

@@ -64,6 +64,16 @@ def measure(dtype: torch.dtype, available: int) -> Machine:
     return Machine(rate, _C.read_bandwidth(mebibytes, SECONDS))
 
 
+def spin() -> float:
+    """Multiply and add on registers for a few milliseconds, by the fastest instruction set; return the rate."""
+    before = _C.isa()
+    _C.set_isa(_C.available_isas()[0])
+    try:
+        return _C.fma_rate(seconds=0.0)
+    finally:
+        _C.set_isa(before)
+
+
 def _matmul_gflops(dtype: torch.dtype) -> float:
     """Return the rate of torch's own large matmul: it knows the processor's units for 16-bit products, FMAs do not."""
     factor = torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype)

@@ -80,26 +80,6 @@ def memory_budget() -> int:
     return int(MEMORY_SHARE * available_memory())
 
 
-def request_realtime() -> str:
-    """Ask for a real-time scheduling class, so that other processes disturb the timing less.
-
-    Returns
-    -------
-    str
-        What came of it, for the report.
-    """
-    if not hasattr(os, "sched_setscheduler"):
-        return "real-time scheduling: not on this operating system"
-    for name, policy in (("SCHED_FIFO", os.SCHED_FIFO), ("SCHED_RR", os.SCHED_RR)):
-        try:
-            os.sched_setscheduler(0, policy, os.sched_param(os.sched_get_priority_min(policy)))
-        except OSError as error:
-            refusal = f"real-time scheduling: refused ({error.strerror}); times are as noisy as without"
-        else:
-            return f"real-time scheduling: {name}"
-    return refusal
-
-
 def source_commit() -> str:
     """Return the short commit of the checkout the command runs in, or "" outside of one."""
     if not Path("cpp/include/moe").is_dir():

@@ -15,13 +15,15 @@ from torch_moe.cli.results import FORWARD, FORWARD_BACKWARD, LayerResult, Measur
 from torch_moe.cli.shapes import LayerShape
 from torch_moe.cli.stages import stage_calls
 from torch_moe.cli.verify import verify
-from torch_moe.testing.timing import Timing, interleave, noise
+from torch_moe.testing.timing import Observe, Timing, interleave, noise
 
 # Shares of --budget: each direction of the main table, the stages, one row of the scaling table.
 DIRECTION_SHARE, STAGES_SHARE, SCALING_SHARE = 0.5, 0.2, 0.2
 
 
-def measure_layer(display: Display, options: argparse.Namespace, shape: LayerShape, dtype: str) -> LayerResult:
+def measure_layer(
+    display: Display, options: argparse.Namespace, shape: LayerShape, dtype: str, observe: Observe
+) -> LayerResult:
     """Measure all candidates in one shape and dtype, and the stages.
 
     Parameters
@@ -34,6 +36,8 @@ def measure_layer(display: Display, options: argparse.Namespace, shape: LayerSha
         The layer asked for; one with fewer experts is measured when memory is short.
     dtype : {"fp32", "bf16", "fp16"}
         Of weights and input.
+    observe : callable
+        Runs each sample: :class:`torch_moe.testing.quiet.Quiet`.
 
     Raises
     ------
@@ -51,17 +55,23 @@ def measure_layer(display: Display, options: argparse.Namespace, shape: LayerSha
     _verify(display, problem, candidates, backward=options.backward)
 
     share = DIRECTION_SHARE * options.budget
-    timings = {FORWARD: _time(display, options, problem, candidates, FORWARD, share)}
+    timings = {FORWARD: _time(display, options, problem, candidates, FORWARD, share, observe)}
     if options.backward:
-        timings[FORWARD_BACKWARD] = _time(display, options, problem, candidates, FORWARD_BACKWARD, share)
+        timings[FORWARD_BACKWARD] = _time(display, options, problem, candidates, FORWARD_BACKWARD, share, observe)
     with display.progress("timing the stages") as on_sample:
         stages = interleave(
-            stage_calls(problem), rounds=options.rounds, budget=STAGES_SHARE * options.budget, on_sample=on_sample
+            stage_calls(problem),
+            rounds=options.rounds,
+            budget=STAGES_SHARE * options.budget,
+            on_sample=on_sample,
+            observe=observe,
         )
     return _result(options, problem, dtype, before, candidates, timings, stages, skipped)
 
 
-def measure_scaling(display: Display, options: argparse.Namespace, shape: LayerShape, dtype: str) -> LayerResult | None:
+def measure_scaling(
+    display: Display, options: argparse.Namespace, shape: LayerShape, dtype: str, observe: Observe
+) -> LayerResult | None:
     """Measure the forward of the layer and of K x dense alone; None, with a note, when memory is short."""
     limits, before = _limits(display, options, dtype, backward=False)
     needed = limits.bytes_needed(shape, DTYPES[dtype].itemsize)
@@ -74,7 +84,7 @@ def measure_scaling(display: Display, options: argparse.Namespace, shape: LayerS
     problem = _build(display, options, shape, dtype, limits)
     candidates, _ = make_candidates(problem, only=(TORCH_MOE, K_DENSE))
     _verify(display, problem, candidates, backward=False)
-    timings = {FORWARD: _time(display, options, problem, candidates, FORWARD, SCALING_SHARE * options.budget)}
+    timings = {FORWARD: _time(display, options, problem, candidates, FORWARD, SCALING_SHARE * options.budget, observe)}
     return _result(options, problem, dtype, before, candidates, timings, {}, {})
 
 
@@ -114,11 +124,12 @@ def _time(
     candidates: list[Candidate],
     direction: str,
     budget: float,
+    observe: Observe,
 ) -> dict[str, Timing]:
     backward = direction == FORWARD_BACKWARD
     calls = {c.name: c.backward_call(problem) if backward else c.forward_call(problem) for c in candidates}
     with display.progress(f"timing {direction}") as on_sample:
-        return interleave(calls, rounds=options.rounds, budget=budget, on_sample=on_sample)
+        return interleave(calls, rounds=options.rounds, budget=budget, on_sample=on_sample, observe=observe)
 
 
 def _result(
@@ -139,7 +150,8 @@ def _result(
             work = candidate.work_with_backward if direction == FORWARD_BACKWARD else candidate.work
             timing = by_name[candidate.name]
             ratio = timing.ratio_to(by_name[K_DENSE])
-            measurements.append(Measurement(candidate.name, direction, timing, work, work.floor(measured), ratio))
+            quiet = timing.quietest()
+            measurements.append(Measurement(candidate.name, direction, quiet, work, work.floor(measured), ratio))
     return LayerResult(
         shape=problem.shape,
         dtype=dtype,
@@ -148,7 +160,7 @@ def _result(
         machine=measured,
         kernel=_C.kernel(max(problem.tokens_per_expert), "out_in"),
         measurements=tuple(measurements),
-        stages=tuple(Stage(name, timing) for name, timing in stages.items()),
+        stages=tuple(Stage(name, timing.quietest()) for name, timing in stages.items()),
         skipped=skipped,
         noise=noise({f"{m.candidate} {m.direction}": m.timing for m in measurements}),
     )

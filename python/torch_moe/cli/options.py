@@ -55,7 +55,7 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         help="seconds for the rounds of one table, when --rounds is not given (default: 10)",
     )
     parser.add_argument("--threads", type=_positive, help="threads (default: torch's choice)")
-    parser.add_argument("--realtime", action="store_true", help="ask for real-time scheduling; says if refused")
+    parser.add_argument("--realtime", action="store_true", help="timed calls in the real-time class; says if refused")
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print JSON alone on stdout; the rest goes to stderr")

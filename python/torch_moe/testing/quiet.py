@@ -104,6 +104,15 @@ class Quiet:
             with self.undisturbed():
                 self._best_rate = max(self._best_rate, spin())
 
+    @property
+    def words(self) -> str:
+        """Return in which class samples run, for the report."""
+        if not self._realtime:
+            return "real-time class: not asked for"
+        if self.refused is not None:
+            return f"real-time class: {self.refused}; times are as noisy as without"
+        return "real-time class: SCHED_FIFO, all threads, for the timed calls alone"
+
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Stay in the real-time class, if that was asked for and is permitted."""
