@@ -123,9 +123,12 @@ def test_mixed_precision():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dropout": 1.0}, r"Experts: dropout must be in \[0, 1\), got 1.0"),
-        ({"expert_dropout": -0.1}, r"Experts: expert_dropout must be in \[0, 1\), got -0.1"),
-        ({"dropout": 0.1, "recompute": True}, "Experts: dropout=0.1 keeps what recompute=True would not: use torch"),
+        ({"dropout": 1.0}, r"ExpertsConfig: dropout must be in \[0, 1\), got 1.0"),
+        ({"expert_dropout": -0.1}, r"ExpertsConfig: expert_dropout must be in \[0, 1\), got -0.1"),
+        (
+            {"dropout": 0.1, "recompute": True},
+            "ExpertsConfig: dropout=0.1 keeps what recompute=True would not: use torch",
+        ),
     ],
 )
 def test_refused(options, message):

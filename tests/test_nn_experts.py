@@ -115,5 +115,5 @@ def test_repr_names_every_option_that_is_set():
     ],
 )
 def test_refused(change, message):
-    with pytest.raises(ValueError, match=f"Experts: {message}"):
+    with pytest.raises(ValueError, match=f"ExpertsConfig: {message}"):
         Experts(**{"hidden_size": H, "intermediate_size": I, "num_experts": E, **change})

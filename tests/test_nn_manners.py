@@ -155,6 +155,11 @@ def test_training_lowers_the_loss(layer, x):
 
 def test_repr_shows_parts_and_capacity():
     text = repr(MoE(H, I, E, K, **OPTIONS["everything"]))
-    for part in ("capacity_factor=1.5", "(router): TopKRouter(", "(experts): Experts(", "(shared_experts): DenseFFN("):
+    for part in (
+        "capacity_factor=1.5",
+        "(router): TopKRouter(",
+        "(experts): Experts(",
+        "(shared_experts): SharedExperts(",
+    ):
         assert part in text
     assert "capacity_factor" not in repr(MoE(H, I, E, K))

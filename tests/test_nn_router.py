@@ -134,19 +134,22 @@ def test_copy_is_independent(router, device):
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
         ({"top_k": 0}, r"top_k must be in \[1, num_experts = 8\], got 0"),
         ({"top_k": 9}, r"top_k must be in \[1, num_experts = 8\], got 9"),
-        ({"score_function": "tanh"}, r"score_function must be in \('softmax', 'sigmoid'\), got 'tanh'"),
+        ({"score_function": "tanh"}, r"score_function must be in \('softmax', 'sigmoid', 'sqrtsoftplus'\), got 'tanh'"),
         ({"score_order": "both"}, "score_order must be in .*, got 'both'"),
         ({"num_groups": 3}, "num_groups must divide num_experts = 8, got 3"),
         ({"num_groups": 0}, "num_groups must divide num_experts = 8, got 0"),
-        ({"num_groups": 4, "topk_groups": 5}, r"topk_groups must be in \[1, 4\], got 5"),
-        ({"num_groups": 4, "topk_groups": 1, "top_k": 3}, "top_k must be at most 2, the experts of topk_groups, got 3"),
+        ({"num_groups": 4, "topk_groups": 5}, r"topk_groups must be in \[1, num_groups = 4\], got 5"),
+        (
+            {"num_groups": 4, "topk_groups": 1, "top_k": 3},
+            "top_k must be at most 2, the experts of topk_groups = 1 groups, got 3",
+        ),
         ({"top_k": 1}, "top_k=1 needs renormalize=False .*identically 1.*no gradient"),
         ({"top_k": 1, "score_function": "sigmoid"}, "top_k=1 needs renormalize=False"),
         ({"top_k": 1, "renormalize": False, "score_order": "topk_then_score"}, "top_k=1 needs .* not a softmax"),
     ],
 )
 def test_refused(change, message):
-    with pytest.raises(ValueError, match=f"TopKRouter: {message}"):
+    with pytest.raises(ValueError, match=f"RouterConfig: {message}"):
         TopKRouter(**{"hidden_size": H, "num_experts": E, "top_k": K, **change})
 
 

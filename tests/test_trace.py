@@ -74,7 +74,7 @@ def test_contributions_sum_to_the_output(options):
     for choice, expert in enumerate(ids[0].tolist()):
         alone = MoE(H, I, E, 1, renormalize=False, **{k: v for k, v in options.items() if k != "num_shared_experts"})
         alone.experts = layer.experts
-        alone.router.forward = lambda x, expert=expert: (
+        alone.router.forward = lambda x, expert=expert, **_: (
             x,
             torch.ones(len(x), 1),
             torch.full((len(x), 1), expert, dtype=torch.int32),

@@ -169,5 +169,5 @@ def test_refused():
     half_biased = nn.Sequential(nn.Linear(H, I), nn.ReLU(), nn.Linear(I, H, bias=False))
     with pytest.raises(ValueError, match="upcycle: all projections must have a bias, or none"):
         upcycle(half_biased, 4, 2)
-    with pytest.raises(ValueError, match="TopKRouter: top_k=1 needs"):
+    with pytest.raises(ValueError, match="RouterConfig: top_k=1 needs"):
         upcycle(dense, 4, 1)

@@ -10,6 +10,7 @@ __version__: str = str(load_extension().build_info()["version"])
 
 from torch_moe import losses, nn, ops  # the operators exist only once the extension is loaded
 from torch_moe.balancing import BiasBalancer
+from torch_moe.config import ExpertsConfig, MoEConfig, RouterConfig, SharedExpertsConfig
 from torch_moe.explain import explain
 from torch_moe.metrics import RoutingStats
 from torch_moe.nn import Experts, MoE, TopKRouter
@@ -21,10 +22,14 @@ from torch_moe.upcycling import upcycle
 __all__ = [
     "BiasBalancer",
     "Experts",
+    "ExpertsConfig",
     "MoE",
+    "MoEConfig",
     "Observation",
     "Plan",
+    "RouterConfig",
     "RoutingStats",
+    "SharedExpertsConfig",
     "TopKRouter",
     "__version__",
     "explain",

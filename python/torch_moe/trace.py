@@ -141,7 +141,7 @@ def trace(layer: MoE, x: Tensor) -> Trace:
     finally:
         for module, training in mode.items():
             module.training = training
-    function = layer.router.score_function
+    function = layer.router.config.score_function
     return Trace(
         router_logits[0],
         scores(router_logits, function)[0],

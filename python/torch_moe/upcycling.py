@@ -103,7 +103,7 @@ def upcycle(
     rows.normal_(std=router_noise, generator=generator)
     layer.router.weight.copy_(rows.repeat_interleave(granularity, dim=0))
 
-    scale = layer.router.routed_scaling_factor
+    scale = layer.router.config.routed_scaling_factor
     channels = torch.arange(intermediate_size, device=dense.up.device).chunk(granularity)
     for expert in range(num_experts):
         own = channels[expert % granularity]

@@ -314,7 +314,7 @@ TEST(route_of_groups_without_a_sum) {
   o.score_order = ScoreOrder::kTopKThenScore;  // choose by the logits themselves
   o.num_groups = 4;
   o.topk_groups = 2;
-  const auto routed = run_route<double>({kInf, -kInf, 1, 2, 5, 6, 3, 4}, {}, 8, 2, o);
+  const auto routed = run_route<double>({kInf, -kInf, 1, 2, 5, 6, kInf, -kInf}, {}, 8, 2, o);
   CHECK((routed.ids == std::vector<int32_t>{5, 4}));
 }
 

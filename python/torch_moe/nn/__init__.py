@@ -1,8 +1,8 @@
-"""The layer and its parts: ``MoE`` is ``TopKRouter``, then ``Experts``, and perhaps a ``DenseFFN`` beside them."""
+"""The layer and its parts: ``MoE`` is ``TopKRouter``, then ``Experts``, and perhaps ``SharedExperts`` beside them."""
 
-from torch_moe.nn.dense import DenseFFN
+from torch_moe.nn.dense import DenseFFN, SharedExperts
 from torch_moe.nn.experts import Experts
 from torch_moe.nn.layer import MoE, Routing
-from torch_moe.nn.router import TopKRouter
+from torch_moe.nn.router import RouterOutput, TopKRouter
 
-__all__ = ["DenseFFN", "Experts", "MoE", "Routing", "TopKRouter"]
+__all__ = ["DenseFFN", "Experts", "MoE", "RouterOutput", "Routing", "SharedExperts", "TopKRouter"]

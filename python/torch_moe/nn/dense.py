@@ -1,9 +1,10 @@
-"""DenseFFN: one feed-forward network that every token passes, the shared experts of a layer."""
+"""DenseFFN: one feed-forward network that every token passes; SharedExperts: the same beside experts, perhaps gated."""
 
 import torch
 from torch import Tensor, nn
 
 from torch_moe import ops
+from torch_moe.config import SharedExpertsConfig
 from torch_moe.ops.activation import is_gated
 
 
@@ -70,3 +71,50 @@ class DenseFFN(nn.Module):
     def extra_repr(self) -> str:
         """Return the activation."""
         return f"activation={self.activation}"
+
+
+class SharedExperts(DenseFFN):
+    """The shared experts of a layer: one dense network, times the sigmoid of a linear ``gate`` if there is one.
+
+    Parameters
+    ----------
+    config : SharedExpertsConfig
+        Sizes and options.
+    device, dtype
+        Of the parameters.
+    """
+
+    gate: nn.Linear | None
+
+    def __init__(
+        self,
+        config: SharedExpertsConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            config.hidden_size,
+            config.intermediate_size,
+            activation=config.activation,
+            bias=config.bias,
+            gate_layout=config.gate_layout,
+            alpha=config.alpha,
+            limit=config.limit,
+            up_offset=config.up_offset,
+            device=device,
+            dtype=dtype,
+        )
+        gated = config.gate == "sigmoid"
+        self.gate = nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype) if gated else None
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        super().reset_parameters()
+        if self.gate is not None:
+            self.gate.reset_parameters()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return a tensor of the shape of ``hidden_states`` (..., hidden_size)."""
+        output = super().forward(hidden_states)
+        return output if self.gate is None else output * torch.sigmoid(self.gate(hidden_states))

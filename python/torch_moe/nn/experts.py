@@ -1,12 +1,14 @@
 """Experts: the feed-forward networks of all experts, as two stacked weights."""
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from torch_moe import ops
-from torch_moe.nn._common import require, uniform_by_fan_in_
-from torch_moe.ops.activation import GATED_ACTIVATIONS, UNGATED_ACTIVATIONS, is_gated
+from torch_moe.config import ExpertsConfig
+from torch_moe.nn._common import uniform_by_fan_in_
 
 
 class Experts(nn.Module):
@@ -30,28 +32,15 @@ class Experts(nn.Module):
         Add biases to both projections.
     gate_layout, alpha, limit, up_offset
         As in :func:`torch_moe.ops.activation`.
-    weight_layout : {"out_in", "in_out"}, default="out_in"
-        ``gate_up_proj`` is (num_experts, 2 * intermediate_size, hidden_size) and ``down_proj`` (num_experts,
-        hidden_size, intermediate_size); ``"in_out"`` swaps the last two dimensions of both.
-    recompute : bool, default=False
-        Keep no pre-activation for the backward; it is computed again.
-    dropout : float, default=0.0
-        In training, zero each intermediate value inside an expert with this probability and divide the others by its
-        complement. Switch fine-tunes with 0.4. The stages then run one by one and keep what lies between them.
-    expert_dropout : float, default=0.0
-        In training, skip each chosen expert of a token with this probability and divide the weights of the others by
-        its complement. With either kind, the output's expectation over what is dropped is that of evaluation.
+    weight_layout, weight_position, recompute, dropout, expert_dropout
+        As in :class:`torch_moe.ExpertsConfig`.
     device, dtype
         Of the parameters.
 
     Raises
     ------
     ValueError
-        If a size is less than 1, an option is unknown, or ``dropout`` is to go with ``recompute``.
-
-    References
-    ----------
-    arXiv 2101.03961, section 2.4 (dropout inside experts).
+        If a size or option is impossible: see :class:`torch_moe.ExpertsConfig`.
     """
 
     gate_up_proj: nn.Parameter
@@ -72,6 +61,7 @@ class Experts(nn.Module):
         alpha: float = 1.0,
         limit: float | None = None,
         up_offset: float = 0.0,
+        weight_position: str = "output",
         recompute: bool = False,
         dropout: float = 0.0,
         expert_dropout: float = 0.0,
@@ -79,26 +69,21 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
-        for name, size in sizes.items():
-            require("Experts", size >= 1, f"{name} must be at least 1, got {size}")
-        names = GATED_ACTIVATIONS + UNGATED_ACTIVATIONS
-        require("Experts", activation in names, f"activation must be in {names}, got {activation!r}")
-        layouts = ("concat", "interleaved")
-        require("Experts", gate_layout in layouts, f"gate_layout must be in {layouts}, got {gate_layout!r}")
-        layouts = ("out_in", "in_out")
-        require("Experts", weight_layout in layouts, f"weight_layout must be in {layouts}, got {weight_layout!r}")
-        require("Experts", limit is None or limit > 0, f"limit must be positive or None, got {limit}")
-        plain = (alpha, limit, up_offset) == (1.0, None, 0.0)
-        require(
-            "Experts", plain or activation == "swiglu", f"alpha, limit and up_offset shape swiglu, not {activation}"
-        )
-        for name, probability in (("dropout", dropout), ("expert_dropout", expert_dropout)):
-            require("Experts", 0 <= probability < 1, f"{name} must be in [0, 1), got {probability}")
-        require(
-            "Experts",
-            dropout == 0 or not recompute,
-            f"dropout={dropout} keeps what recompute=True would not: use torch.utils.checkpoint instead",
+        self.config = ExpertsConfig(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=num_experts,
+            activation=activation,
+            bias=bias,
+            gate_layout=gate_layout,  # type: ignore[arg-type]  # the config checks the words
+            weight_layout=weight_layout,  # type: ignore[arg-type]
+            alpha=alpha,
+            limit=limit,
+            up_offset=up_offset,
+            weight_position=weight_position,  # type: ignore[arg-type]
+            recompute=recompute,
+            dropout=dropout,
+            expert_dropout=expert_dropout,
         )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -109,6 +94,7 @@ class Experts(nn.Module):
         self.alpha = alpha
         self.limit = limit
         self.up_offset = up_offset
+        self.weight_position = weight_position
         self.recompute = recompute
         self.dropout = dropout
         self.expert_dropout = expert_dropout
@@ -116,7 +102,7 @@ class Experts(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
 
-        pre_activation_size = intermediate_size * (2 if is_gated(activation) else 1)
+        pre_activation_size = self.config.pre_activation_size
         gate_up, down = (pre_activation_size, hidden_size), (hidden_size, intermediate_size)
         transposed = weight_layout == "in_out"
         self.gate_up_proj = parameter(*(gate_up[::-1] if transposed else gate_up))
@@ -124,6 +110,13 @@ class Experts(nn.Module):
         self.register_parameter("gate_up_proj_bias", parameter(pre_activation_size) if bias else None)
         self.register_parameter("down_proj_bias", parameter(hidden_size) if bias else None)
         self.reset_parameters()
+
+    @classmethod
+    def from_config(
+        cls, config: ExpertsConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Experts":
+        """Return the experts of ``config``."""
+        return cls(**asdict(config), device=device, dtype=dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -159,6 +152,15 @@ class Experts(nn.Module):
         """
         if self.training and self.expert_dropout > 0:
             topk_weights = functional.dropout(topk_weights, self.expert_dropout)
+        if self.weight_position == "input":
+            # Every slot becomes a token of its own, already multiplied; slots have the same numbers in both plans.
+            slots = (hidden_states.unsqueeze(1) * topk_weights.unsqueeze(-1).to(hidden_states.dtype)).flatten(0, 1)
+            each = plan._replace(slot_to_row=plan.slot_to_row.reshape(-1, 1))
+            outputs = self._apply_experts(slots, torch.ones_like(topk_weights).reshape(-1, 1), each)
+            return outputs.view(*topk_weights.shape, -1).sum(dim=1)
+        return self._apply_experts(hidden_states, topk_weights, plan)
+
+    def _apply_experts(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan) -> Tensor:
         if self.training and self.dropout > 0:
             return self._forward_with_dropout(hidden_states, topk_weights, plan)
         return ops.experts(
@@ -207,4 +209,5 @@ class Experts(nn.Module):
             text += f", dropout={self.dropout}"
         if self.expert_dropout > 0:
             text += f", expert_dropout={self.expert_dropout}"
+        text += ", weight_position=input" if self.weight_position == "input" else ""
         return text + (", recompute=True" if self.recompute else "")

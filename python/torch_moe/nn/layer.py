@@ -1,16 +1,20 @@
 """MoE: router, experts and combine as one layer."""
 
-import math
-from typing import Literal, NamedTuple, overload
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from torch_moe import ops
+from torch_moe.config import ExpertsConfig, MoEConfig, RouterConfig, SharedExpertsConfig
 from torch_moe.nn._common import require
-from torch_moe.nn.dense import DenseFFN
+from torch_moe.nn.dense import SharedExperts
 from torch_moe.nn.experts import Experts
-from torch_moe.nn.router import TopKRouter
+from torch_moe.nn.router import RouterOutput, TopKRouter
+
+_EXPERTS_OPTIONS = {field.name for field in fields(ExpertsConfig)}
+# What the shared experts do not take over from the routed ones.
+_ROUTED_ONLY = {"weight_layout", "weight_position", "recompute", "dropout", "expert_dropout"}
 
 
 class Routing(NamedTuple):
@@ -52,31 +56,28 @@ class MoE(nn.Module):
         Number of experts.
     top_k : int
         Experts per token.
-    score_function, score_order, renormalize, routed_scaling_factor, expert_bias, num_groups, topk_groups, check_finite
-        As in :class:`TopKRouter`.
-    activation, bias, gate_layout, weight_layout, alpha, limit, up_offset, recompute
-        As in :class:`Experts`.
     num_shared_experts : int, default=0
-        Experts that every token passes; together one :class:`DenseFFN` of ``num_shared_experts * intermediate_size``.
+        Experts that every token passes; together one dense network of ``num_shared_experts * intermediate_size``.
     shared_intermediate_size : int, default=None
         That width itself, in place of ``num_shared_experts``.
-    capacity_factor : float, default=None
-        An expert takes at most ``ceil(capacity_factor * num_tokens * top_k / num_experts)`` slots, the earliest; the
-        others add nothing to their tokens. None drops nothing.
     device, dtype
         Of the parameters.
+    **options
+        The other fields of :class:`torch_moe.RouterConfig` and :class:`torch_moe.ExpertsConfig`, by their names.
 
     Raises
     ------
     ValueError
-        If a size or option is impossible.
+        If a size or option is impossible, or options contradict each other.
 
     Examples
     --------
-    >>> layer = MoE(hidden_size=64, intermediate_size=128, num_experts=8, top_k=2)
+    >>> layer = MoE(hidden_size=64, intermediate_size=128, num_experts=8, top_k=2, score_function="sigmoid")
     >>> layer(torch.randn(4, 16, 64)).shape
     torch.Size([4, 16, 64])
     """
+
+    shared_experts: SharedExperts | None
 
     def __init__(
         self,
@@ -85,84 +86,52 @@ class MoE(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        score_function: str = "softmax",
-        score_order: str = "score_then_topk",
-        renormalize: bool = True,
-        routed_scaling_factor: float = 1.0,
-        expert_bias: bool = False,
-        num_groups: int = 1,
-        topk_groups: int = 1,
-        check_finite: bool = False,
-        activation: str = "swiglu",
-        bias: bool = False,
-        gate_layout: str = "concat",
-        weight_layout: str = "out_in",
-        alpha: float = 1.0,
-        limit: float | None = None,
-        up_offset: float = 0.0,
-        recompute: bool = False,
         num_shared_experts: int = 0,
         shared_intermediate_size: int | None = None,
-        capacity_factor: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,  # noqa: ANN401  # the configs check them
     ) -> None:
-        super().__init__()
-        require("MoE", num_shared_experts >= 0, f"num_shared_experts must not be negative, got {num_shared_experts}")
-        require(
-            "MoE",
-            shared_intermediate_size is None or (num_shared_experts == 0 and shared_intermediate_size >= 1),
-            "give either num_shared_experts or shared_intermediate_size >= 1, got "
-            f"{num_shared_experts} and {shared_intermediate_size}",
-        )
-        positive = capacity_factor is None or 0 < capacity_factor < math.inf
-        require("MoE", positive, f"capacity_factor must be positive, or None for no limit, got {capacity_factor}")
-        self.capacity_factor = capacity_factor
-        self.router = TopKRouter(
-            hidden_size,
-            num_experts,
-            top_k,
-            score_function=score_function,
-            score_order=score_order,
-            renormalize=renormalize,
-            routed_scaling_factor=routed_scaling_factor,
-            expert_bias=expert_bias,
-            num_groups=num_groups,
-            topk_groups=topk_groups,
-            check_finite=check_finite,
-            device=device,
-            dtype=dtype,
-        )
-        self.experts = Experts(
-            hidden_size,
-            intermediate_size,
-            num_experts,
-            activation=activation,
-            bias=bias,
-            gate_layout=gate_layout,
-            weight_layout=weight_layout,
-            alpha=alpha,
-            limit=limit,
-            up_offset=up_offset,
-            recompute=recompute,
-            device=device,
-            dtype=dtype,
-        )
-        shared_size = shared_intermediate_size or num_shared_experts * intermediate_size
-        self.shared_experts = None
-        if shared_size > 0:
-            self.shared_experts = DenseFFN(
-                hidden_size,
-                shared_size,
-                activation=activation,
-                bias=bias,
-                gate_layout=gate_layout,
-                alpha=alpha,
-                limit=limit,
-                up_offset=up_offset,
-                device=device,
-                dtype=dtype,
+        shared = _shared_size(num_shared_experts, shared_intermediate_size, intermediate_size)
+        sizes: dict[str, Any] = {"hidden_size": hidden_size, "num_experts": num_experts}
+        of_experts = {name: options.pop(name) for name in _EXPERTS_OPTIONS & options.keys()}
+        config = MoEConfig(
+            router=RouterConfig(top_k=top_k, **sizes, **options),
+            experts=ExpertsConfig(intermediate_size=intermediate_size, **sizes, **of_experts),
+            shared_experts=SharedExpertsConfig(
+                hidden_size=hidden_size,
+                intermediate_size=shared,
+                **{name: of_experts[name] for name in _EXPERTS_OPTIONS - _ROUTED_ONLY & of_experts.keys()},
             )
+            if shared
+            else None,
+        )
+        self._build(config, device, dtype)
+
+    @classmethod
+    def from_config(
+        cls, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "MoE":
+        """Return the layer of ``config``.
+
+        Parameters
+        ----------
+        config : MoEConfig
+            For example the ``moe`` of one of :data:`torch_moe.presets.PRESETS`.
+        device, dtype
+            Of the parameters.
+        """
+        layer = cls.__new__(cls)
+        layer._build(config, device, dtype)
+        return layer
+
+    def _build(self, config: MoEConfig, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.config = config
+        self.router = TopKRouter.from_config(config.router, device=device, dtype=dtype)
+        self.experts = Experts.from_config(config.experts, device=device, dtype=dtype)
+        shared = config.shared_experts
+        self.shared_experts = None if shared is None else SharedExperts(shared, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew: the router's, the experts', the shared experts'."""
@@ -172,19 +141,44 @@ class MoE(nn.Module):
             self.shared_experts.reset_parameters()
 
     @overload
-    def forward(self, hidden_states: Tensor, return_routing: Literal[False] = ...) -> Tensor: ...
+    def forward(
+        self,
+        hidden_states: Tensor,
+        return_routing: Literal[False] = ...,
+        *,
+        token_ids: Tensor | None = ...,
+        route_override: Tensor | None = ...,
+    ) -> Tensor: ...
     @overload
-    def forward(self, hidden_states: Tensor, return_routing: Literal[True]) -> tuple[Tensor, Routing]: ...
+    def forward(
+        self,
+        hidden_states: Tensor,
+        return_routing: Literal[True],
+        *,
+        token_ids: Tensor | None = ...,
+        route_override: Tensor | None = ...,
+    ) -> tuple[Tensor, Routing]: ...
 
-    def forward(self, hidden_states: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        return_routing: bool = False,
+        *,
+        token_ids: Tensor | None = None,
+        route_override: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Routing]:
         """Apply the layer.
 
         Parameters
         ----------
         hidden_states : Tensor of shape (..., hidden_size)
-            The tokens.
+            The tokens. The last but one dimension is the sequence, for a capacity per sequence.
         return_routing : bool, default=False
             Also return the :class:`Routing`.
+        token_ids : Tensor of shape (...), integer, default=None
+            What ``selection="hash"`` looks up.
+        route_override : Tensor of shape (..., top_k), dtype=int32, default=None
+            Take these experts: the replay of another run's ``topk_ids``.
 
         Returns
         -------
@@ -192,22 +186,35 @@ class MoE(nn.Module):
             The outputs.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
-        router_logits, topk_weights, topk_ids = self.router(tokens)
-        plan = ops.plan(topk_ids, self.router.num_experts, self.capacity(tokens.shape[0]))
-        output: Tensor = self.experts(tokens, topk_weights, plan)
+        ids = None if route_override is None else route_override.reshape(-1, route_override.shape[-1])
+        routed = RouterOutput(*self.router(tokens, token_ids=token_ids, route_override=ids))
+        plan = self.router.plan(routed, hidden_states.shape[-2] if hidden_states.dim() > 1 else 1)
+        output: Tensor = self.experts(tokens, routed.topk_weights, plan)
         if self.shared_experts is not None:
             output = output + self.shared_experts(tokens)
+        if self.config.router.num_zero_experts > 0 and self.config.router.zero_expert == "identity":
+            output = output + self._identity(tokens, routed)
         output = output.view(hidden_states.shape)
         if not return_routing:
             return output
-        return output, Routing(router_logits, topk_ids, topk_weights, plan.tokens_per_expert)
+        return output, Routing(routed.router_logits, routed.topk_ids, routed.topk_weights, plan.tokens_per_expert)
 
     def capacity(self, num_tokens: int) -> int | None:
         """Return the slots an expert takes at most of ``num_tokens`` tokens, or None for all."""
-        if self.capacity_factor is None:
-            return None
-        return math.ceil(self.capacity_factor * num_tokens * self.router.top_k / self.router.num_experts)
+        return self.router.capacity(num_tokens)
 
-    def extra_repr(self) -> str:
-        """Return the options that belong to no part of the layer."""
-        return "" if self.capacity_factor is None else f"capacity_factor={self.capacity_factor}"
+    def _identity(self, tokens: Tensor, routed: RouterOutput) -> Tensor:
+        """Return what the identity experts add: the token, times the sum of their weights."""
+        is_identity = routed.topk_ids >= self.config.router.num_experts
+        weight = routed.topk_weights.where(is_identity, 0).sum(dim=-1, keepdim=True)
+        return tokens * weight.to(tokens.dtype)
+
+
+def _shared_size(number: int, size: int | None, intermediate_size: int) -> int:
+    require("MoE", number >= 0, f"num_shared_experts must not be negative, got {number}")
+    require(
+        "MoE",
+        size is None or (number == 0 and size >= 1),
+        f"give either num_shared_experts or shared_intermediate_size >= 1, got {number} and {size}",
+    )
+    return size or number * intermediate_size

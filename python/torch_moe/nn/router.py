@@ -1,15 +1,41 @@
 """TopKRouter: the linear map that scores experts, and the selection."""
 
+import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torch_moe import ops
-from torch_moe.nn._common import require as _require
-from torch_moe.nn._common import uniform_by_fan_in_, without_autocast
+from torch_moe import ops, reference
+from torch_moe.config import RouterConfig
+from torch_moe.nn import selection
+from torch_moe.nn._common import require, uniform_by_fan_in_, without_autocast
+
+_ROUTE_OPTIONS = (
+    "score_function", "score_order", "renormalize", "renormalize_p", "renormalize_eps", "renormalize_eps_mode",
+    "routed_scaling_factor", "num_groups", "topk_groups", "group_score", "group_mask", "check_finite",
+)  # fmt: skip
+
+
+class RouterOutput(NamedTuple):
+    """What a router decided.
+
+    Attributes
+    ----------
+    router_logits : Tensor of shape (num_tokens, num_experts), dtype=float32
+        The logits, differentiable, after noise and softcap. Zero experts have columns too.
+    topk_weights : Tensor of shape (num_tokens, top_k), dtype=float32
+        The weights, differentiable.
+    topk_ids : Tensor of shape (num_tokens, top_k), dtype=int32
+        The experts, before anything is dropped. With expert choice the number of columns varies, and -1 is none.
+    """
+
+    router_logits: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
 
 
 class TopKRouter(nn.Module):
@@ -26,25 +52,38 @@ class TopKRouter(nn.Module):
         Number of experts.
     top_k : int
         Experts per token.
-    score_function, score_order, renormalize, routed_scaling_factor, num_groups, topk_groups
-        As in :func:`torch_moe.ops.route`.
-    expert_bias : bool, default=False
-        Keep a buffer ``expert_bias`` of zeros, dtype float32, that steers the selection only. It is saved in the
-        state_dict, gets no gradient, and stays float32 when the module is cast: its updates are too small for less.
-    check_finite : bool, default=False
-        Raise on NaN or infinite logits, instead of showing NaN in the weights.
     device, dtype
-        Of the weight.
+        Of the parameters.
+    **options
+        As in :class:`torch_moe.RouterConfig`.
+
+    Attributes
+    ----------
+    config : RouterConfig
+        All options.
+    weight : Parameter of shape (num_experts, hidden_size)
+        The projection; zero experts have rows too.
+    expert_bias : Tensor of shape (num_experts,), dtype=float32, or None
+        With the option of that name: a buffer of zeros that steers the selection only. It is saved in the
+        state_dict, gets no gradient, and stays float32 when the module is cast: its updates are too small for less.
+    bias, input_scale, noise_weight, per_expert_scale : Parameter or None
+        Of the options ``projection_bias``, ``input_norm``, ``noisy`` and ``per_expert_scale``.
+    hash_table : Tensor of shape (vocab_size, top_k), dtype=int32, or None
+        With ``selection="hash"``: see :func:`torch_moe.nn.selection.hash_table`.
 
     Raises
     ------
     ValueError
-        If a size or option is impossible, or would leave the router without a gradient: with ``top_k=1`` of several
-        experts, a weight that is renormalised or a softmax over the selection is identically 1.
+        If a size or option is impossible: see :class:`torch_moe.RouterConfig`.
     """
 
     weight: nn.Parameter  # [E, H]
+    bias: nn.Parameter | None  # [E]
+    input_scale: nn.Parameter | None  # [H]
+    noise_weight: nn.Parameter | None  # [E, H]
+    per_expert_scale: nn.Parameter | None  # [E]
     expert_bias: Tensor | None  # [E]
+    hash_table: Tensor | None  # [vocab_size, K]
 
     def __init__(
         self,
@@ -52,90 +91,157 @@ class TopKRouter(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        score_function: str = "softmax",
-        score_order: str = "score_then_topk",
-        renormalize: bool = True,
-        routed_scaling_factor: float = 1.0,
-        expert_bias: bool = False,
-        num_groups: int = 1,
-        topk_groups: int = 1,
-        check_finite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,  # noqa: ANN401  # RouterConfig checks them
     ) -> None:
         super().__init__()
-        require = partial(_require, "TopKRouter")
-        functions, orders = ("softmax", "sigmoid"), ("score_then_topk", "topk_then_score")
-        require(score_function in functions, f"score_function must be in {functions}, got {score_function!r}")
-        require(score_order in orders, f"score_order must be in {orders}, got {score_order!r}")
-        require(hidden_size >= 1, f"hidden_size must be at least 1, got {hidden_size}")
-        require(num_experts >= 1, f"num_experts must be at least 1, got {num_experts}")
-        require(1 <= top_k <= num_experts, f"top_k must be in [1, num_experts = {num_experts}], got {top_k}")
-        divides = num_groups >= 1 and num_experts % num_groups == 0
-        require(divides, f"num_groups must divide num_experts = {num_experts}, got {num_groups}")
-        require(1 <= topk_groups <= num_groups, f"topk_groups must be in [1, {num_groups}], got {topk_groups}")
-        eligible = topk_groups * (num_experts // num_groups)
-        require(top_k <= eligible, f"top_k must be at most {eligible}, the experts of topk_groups, got {top_k}")
-        constant = renormalize or (score_function == "softmax" and score_order == "topk_then_score")
-        require(
-            not (top_k == 1 and num_experts > 1 and constant),
-            "top_k=1 needs renormalize=False and scores that are not a softmax over the selection: "
-            "else the weight is identically 1 and the router gets no gradient",
-        )
-        self.hidden_size = hidden_size
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.score_function = score_function
-        self.score_order = score_order
-        self.renormalize = renormalize
-        self.routed_scaling_factor = routed_scaling_factor
-        self.num_groups = num_groups
-        self.topk_groups = topk_groups
-        self.check_finite = check_finite
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        bias = torch.empty(num_experts, device=device, dtype=torch.float32) if expert_bias else None
+        config = RouterConfig(hidden_size=hidden_size, num_experts=num_experts, top_k=top_k, **options)
+        self.config = config
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+
+        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
+
+        choices = config.num_choices
+        self.weight = nn.Parameter(torch.empty(choices, hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", parameter(config.projection_bias, choices))
+        self.register_parameter("input_scale", parameter(config.input_norm, hidden_size))
+        self.register_parameter("noise_weight", parameter(config.noisy, choices, hidden_size))
+        self.register_parameter("per_expert_scale", parameter(config.per_expert_scale, choices))
+        bias = torch.empty(choices, device=device, dtype=torch.float32) if config.expert_bias else None
         self.register_buffer("expert_bias", bias)
+        rows = config.vocab_size
+        table = torch.empty(rows, top_k, device=device, dtype=torch.int32) if rows is not None else None
+        self.register_buffer("hash_table", table)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw the weight anew, uniform in ±1/sqrt(hidden_size), and set the bias to zero."""
-        uniform_by_fan_in_(self.weight, self.hidden_size)
-        if self.expert_bias is not None:
-            self.expert_bias.zero_()
+    @classmethod
+    def from_config(
+        cls, config: RouterConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "TopKRouter":
+        """Return the router of ``config``."""
+        return cls(**asdict(config), device=device, dtype=dtype)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits, and each token's experts with their weights.
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weight anew, uniform in ±1/sqrt(hidden_size); biases and noise start at 0, scales at 1."""
+        uniform_by_fan_in_(self.weight, self.hidden_size)
+        for tensor, value in (
+            (self.bias, 0.0), (self.noise_weight, 0.0), (self.expert_bias, 0.0), (self.input_scale, 1.0),
+            (self.per_expert_scale, 1.0),
+        ):  # fmt: skip
+            if tensor is not None:
+                tensor.fill_(value)
+        if self.hash_table is not None:
+            rows = self.hash_table.shape[0]
+            self.hash_table.copy_(selection.hash_table(rows, self.config.num_choices, self.top_k))
+
+    def forward(
+        self, hidden_states: Tensor, *, token_ids: Tensor | None = None, route_override: Tensor | None = None
+    ) -> RouterOutput:
+        """Score, choose, weigh.
 
         Parameters
         ----------
         hidden_states : Tensor of shape (num_tokens, hidden_size), any floating dtype
             The tokens.
+        token_ids : Tensor of shape (num_tokens,), integer, default=None
+            What ``selection="hash"`` looks up.
+        route_override : Tensor of shape (num_tokens, top_k), dtype=int32, default=None
+            Take these experts, weighed by this router's logits: the replay of another run's choice.
 
         Returns
         -------
-        router_logits : Tensor of shape (num_tokens, num_experts), dtype=float32
-            The linear map's output.
-        topk_weights : Tensor of shape (num_tokens, top_k), dtype=float32
-            The weights.
-        topk_ids : Tensor of shape (num_tokens, top_k), dtype=int32
-            The experts.
+        RouterOutput
+            Logits, weights and ids.
         """
-        dtype = torch.promote_types(torch.promote_types(hidden_states.dtype, self.weight.dtype), torch.float32)
-        with without_autocast(hidden_states.device.type):
-            router_logits = functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
+        router_logits = self.project(hidden_states)
+        ids = self._choose(router_logits, token_ids) if route_override is None else route_override
         topk_weights, topk_ids = ops.route(
             router_logits,
-            self.top_k,
-            None if self.expert_bias is None else self.expert_bias.to(dtype),
-            score_function=self.score_function,
-            score_order=self.score_order,
-            renormalize=self.renormalize,
-            routed_scaling_factor=self.routed_scaling_factor,
-            num_groups=self.num_groups,
-            topk_groups=self.topk_groups,
-            check_finite=self.check_finite,
+            self.top_k if ids is None else ids.shape[-1],
+            None if self.expert_bias is None else self.expert_bias.to(router_logits.dtype),
+            ids,
+            **{name: getattr(self.config, name) for name in _ROUTE_OPTIONS},
         )
-        return router_logits, topk_weights, topk_ids
+        if self.per_expert_scale is not None:
+            topk_weights = topk_weights * self.per_expert_scale.to(topk_weights.dtype)[topk_ids.clamp(min=0).long()]
+        return RouterOutput(router_logits, topk_weights, topk_ids)
+
+    def project(self, hidden_states: Tensor) -> Tensor:
+        """Return the logits (num_tokens, num_experts) in fp32, with jitter and noise in training."""
+        config = self.config
+        dtype = torch.promote_types(torch.promote_types(hidden_states.dtype, self.weight.dtype), torch.float32)
+        x = hidden_states.to(dtype)
+        with without_autocast(hidden_states.device.type):
+            if self.input_scale is not None:
+                normed = functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+                x = normed * self.input_scale.to(dtype) / math.sqrt(self.hidden_size)
+            if self.training and config.input_jitter > 0:
+                x = x * torch.empty_like(x).uniform_(1 - config.input_jitter, 1 + config.input_jitter)
+            at = hidden_states.dtype if config.projection_dtype == "input" else dtype
+            bias = None if self.bias is None else self.bias.to(at)
+            logits = functional.linear(x.to(at), self.weight.to(at), bias).to(dtype)
+            if self.training and self.noise_weight is not None:
+                size = functional.softplus(functional.linear(x, self.noise_weight.to(dtype)))
+                logits = logits + torch.randn_like(logits) * size
+        cap = config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def scores(self, router_logits: Tensor) -> Tensor:
+        """Return the score of every expert (num_tokens, num_experts), as the losses and the inspection want it."""
+        return reference.scores(router_logits, self.config.score_function)
+
+    def capacity(self, num_tokens: int) -> int | None:
+        """Return the slots an expert takes at most of ``num_tokens`` tokens, or None for all."""
+        config = self.config
+        factor = config.capacity_factor
+        if not self.training and config.eval_capacity_factor is not None:
+            factor = config.eval_capacity_factor
+        if factor is None:
+            return config.capacity
+        return math.ceil(factor * num_tokens * self.top_k / self.num_experts)
+
+    def plan(self, routed: RouterOutput, tokens_per_sequence: int) -> ops.Plan:
+        """Plan the rows, after dropping what has no room: ``routed`` itself keeps what was chosen."""
+        config, ids = self.config, routed.topk_ids
+        if config.selection == "expert_choice":
+            return ops.plan(ids, self.num_experts)
+        gshard = config.selection == "top2_gshard"
+        if gshard and self.training and config.second_expert_policy == "random":
+            ids = selection.random_second_ids(ids, routed.topk_weights)
+        by_sequence = config.capacity_scope == "sequence"
+        capacity = self.capacity(tokens_per_sequence if by_sequence else ids.shape[0])
+        if capacity is None or not (by_sequence or gshard or config.drop_policy == "probability"):
+            return ops.plan(ids, self.num_experts, capacity)
+        ids = selection.ids_within_capacity(
+            ids,
+            routed.topk_weights,
+            self.num_experts,
+            capacity,
+            tokens_per_sequence=tokens_per_sequence if by_sequence else None,
+            by_weight=config.drop_policy == "probability",
+            first_choices_first=gshard,
+        )
+        return ops.plan(ids, self.num_experts)
+
+    def _choose(self, router_logits: Tensor, token_ids: Tensor | None) -> Tensor | None:
+        """Return the ids, or None where the kernel chooses them by itself."""
+        config = self.config
+        if config.force_balanced:
+            return selection.balanced_ids(router_logits.shape[0], self.top_k, self.num_experts, router_logits.device)
+        if self.hash_table is not None:
+            require("TopKRouter", token_ids is not None, 'selection="hash" needs token_ids, got None')
+            assert token_ids is not None
+            return self.hash_table[token_ids.reshape(-1).long()]
+        if config.selection == "sinkhorn" and self.training:
+            return selection.sinkhorn_ids(router_logits, self.top_k, config.sinkhorn_iterations)
+        if config.selection == "expert_choice":
+            slots = router_logits.shape[0] * self.top_k / self.num_experts
+            capacity = self.capacity(router_logits.shape[0])
+            return selection.expert_choice_ids(self.scores(router_logits), capacity or math.ceil(slots))
+        return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
         bias = self.expert_bias
@@ -146,13 +252,8 @@ class TopKRouter(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Return sizes and options, those that differ from the plain softmax router last."""
-        text = f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
-        text += f"score_function={self.score_function}, score_order={self.score_order}, renormalize={self.renormalize}"
-        if self.routed_scaling_factor != 1.0:
-            text += f", routed_scaling_factor={self.routed_scaling_factor}"
-        if self.num_groups > 1:
-            text += f", num_groups={self.num_groups}, topk_groups={self.topk_groups}"
-        if self.expert_bias is not None:
-            text += ", expert_bias=True"
-        return text
+        """Return sizes and options, those that are not the default last."""
+        config = self.config
+        shown = ("hidden_size", "num_experts", "top_k", "score_function", "score_order", "renormalize")
+        changed = [name for name in asdict(config) if name not in shown and not config._is_default(name)]
+        return ", ".join(f"{name}={getattr(config, name)}" for name in (*shown, *changed))

@@ -1,0 +1,130 @@
+"""The configs: what they refuse, in words that name the fields and the fix, and that modules are built from them."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import randn
+
+from torch_moe import Experts, ExpertsConfig, MoE, MoEConfig, RouterConfig, SharedExpertsConfig, TopKRouter
+
+ROUTER = {"hidden_size": 16, "num_experts": 8, "top_k": 2}
+EXPERTS = {"hidden_size": 16, "intermediate_size": 12, "num_experts": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_zero_experts": -1}, "num_zero_experts must not be negative, got -1"),
+        ({"top_k": 10, "num_zero_experts": 1}, r"top_k must be in \[1, num_experts \+ num_zero_experts = 9\], got 10"),
+        ({"input_jitter": 1.0}, r"input_jitter must be in \[0, 1\), got 1.0"),
+        ({"logit_softcap": 0.0}, "logit_softcap must be positive or None, got 0.0"),
+        ({"num_groups": 4, "topk_groups": 1, "top_k": 3}, r"topk_groups = 1 .*raise topk_groups or lower num_groups"),
+        ({"num_groups": 2, "num_zero_experts": 2}, "num_zero_experts=2 belong to no group: set num_groups=1"),
+        ({"group_score": "max"}, "group_score='max' does nothing without num_groups"),
+        ({"group_mask": "zero"}, "group_mask='zero' does nothing without num_groups"),
+        ({"vocab_size": 9}, 'vocab_size=9 does nothing without selection="hash"'),
+        ({"selection": "hash"}, 'selection="hash" needs vocab_size >= 1, got None'),
+        ({"selection": "hash", "vocab_size": 9, "expert_bias": True}, "expert_bias does nothing with selection"),
+        ({"selection": "sinkhorn", "num_groups": 2}, "num_groups does nothing with selection"),
+        ({"sinkhorn_iterations": 3}, 'sinkhorn_iterations=3 does nothing without selection="sinkhorn"'),
+        ({"selection": "top2_gshard", "top_k": 3}, 'selection="top2_gshard" needs top_k=2, got 3'),
+        ({"second_expert_policy": "random"}, "second_expert_policy='random' does nothing without selection"),
+        ({"selection": "expert_choice", "renormalize": False}, "leaks the future in a causal model.*causal=False"),
+        ({"selection": "expert_choice", "causal": False}, "needs renormalize=False"),
+        (
+            {"selection": "expert_choice", "causal": False, "renormalize": False, "capacity": 3},
+            "capacity=3 contradicts selection",
+        ),
+        ({"selection": "sinkhorn", "num_zero_experts": 1}, "num_zero_experts=1 needs selection"),
+        ({"zero_expert": "zero"}, "zero_expert='zero' does nothing without num_zero_experts"),
+        ({"top_k": 1}, "top_k=1 needs renormalize=False .*gets no gradient"),
+        ({"renormalize": False, "renormalize_p": 2.0}, "renormalize_p=2.0 does nothing without renormalize"),
+        ({"renormalize_p": 0.5}, "renormalize_p must be at least 1, got 0.5"),
+        ({"renormalize_eps": -1.0}, "renormalize_eps must not be negative, got -1.0"),
+        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor must be positive, got 0.0"),
+        ({"capacity": 0}, "capacity must be at least 1, got 0"),
+        ({"capacity": 4, "capacity_factor": 1.0}, "give capacity=4 or capacity_factor=1.0, not both"),
+        ({"drop_policy": "probability"}, r"drop_policy='probability' does nothing without .*\(None is dropless\)"),
+        ({"capacity_scope": "sequence"}, r"capacity_scope='sequence' does nothing without .*\(None is dropless\)"),
+        ({"eval_capacity_factor": 2.0}, "eval_capacity_factor=2.0 does nothing without capacity_factor"),
+        ({"projection_dtype": "bf16"}, r"projection_dtype must be in \('float32', 'input'\), got 'bf16'"),
+    ],
+)
+def test_refused_routers(change, message):
+    with pytest.raises(ValueError, match=f"^RouterConfig: .*{message}"):
+        RouterConfig(**ROUTER | change)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (ExpertsConfig, {"weight_position": "middle"}, r"ExpertsConfig: weight_position must be in \('output', 'inp"),
+        (SharedExpertsConfig, {"recompute": True}, "SharedExpertsConfig: recompute=True is for routed experts"),
+        (SharedExpertsConfig, {"gate": "tanh", "num_experts": 1}, "SharedExpertsConfig: gate must be in .*got 'tanh'"),
+    ],
+)
+def test_refused_experts(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        config(**EXPERTS | {"num_experts": 1} | change)
+
+
+def test_refused_layers():
+    for change in ({"num_experts": 4}, {"hidden_size": 8}):
+        with pytest.raises(ValueError, match=f"MoEConfig: router.{next(iter(change))} = .* must equal experts"):
+            MoEConfig(router=RouterConfig(**ROUTER), experts=ExpertsConfig(**EXPERTS | change))
+    shared = SharedExpertsConfig(hidden_size=8, intermediate_size=4)
+    with pytest.raises(ValueError, match=r"router\.hidden_size = 16 must equal shared_experts\.hidden_size = 8"):
+        MoEConfig(router=RouterConfig(**ROUTER), experts=ExpertsConfig(**EXPERTS), shared_experts=shared)
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(TypeError, match="score_fn"):
+        MoE(16, 12, 8, 2, score_fn="sigmoid")
+    with pytest.raises(TypeError, match="activation"):
+        TopKRouter(16, 8, 2, activation="silu")
+
+
+def test_configs_are_frozen_and_keyword_only():
+    config = RouterConfig(**ROUTER)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.top_k = 3
+    with pytest.raises(TypeError):
+        RouterConfig(16, 8, 2)
+    with pytest.raises(ValueError, match="top_k must be in"):
+        dataclasses.replace(config, top_k=9)
+
+
+def test_keywords_and_configs_build_the_same(device):
+    config = MoEConfig(
+        router=RouterConfig(**ROUTER, score_function="sigmoid", expert_bias=True, capacity_factor=1.5),
+        experts=ExpertsConfig(**EXPERTS, activation="geglu", bias=True, weight_layout="in_out"),
+        shared_experts=SharedExpertsConfig(hidden_size=16, intermediate_size=24, activation="geglu", bias=True),
+    )
+    torch.manual_seed(0)
+    ours = MoE.from_config(config, device=device)
+    torch.manual_seed(0)
+    theirs = MoE(
+        16, 12, 8, 2, score_function="sigmoid", expert_bias=True, capacity_factor=1.5, activation="geglu", bias=True,
+        weight_layout="in_out", num_shared_experts=2, device=device,
+    )  # fmt: skip
+    assert theirs.config == config
+    assert repr(ours) == repr(theirs)
+    x = randn(7, 16, device=device)
+    assert torch.equal(ours(x), theirs(x))
+    assert TopKRouter.from_config(config.router).config == config.router
+    assert Experts.from_config(config.experts, dtype=torch.float64).down_proj.dtype == torch.float64
+
+
+def test_shared_gate(device):
+    shared = SharedExpertsConfig(hidden_size=16, intermediate_size=24, gate="sigmoid")
+    layer = MoE.from_config(
+        MoEConfig(router=RouterConfig(**ROUTER), experts=ExpertsConfig(**EXPERTS), shared_experts=shared), device=device
+    )
+    x = randn(3, 16, device=device)
+    part, gate = layer.shared_experts, layer.shared_experts.gate
+    plain = super(type(part), part).forward(x)
+    torch.testing.assert_close(part(x), plain * torch.sigmoid(x @ gate.weight.T))
+    before = gate.weight.detach().clone()
+    layer.reset_parameters()
+    assert not torch.equal(gate.weight, before)
