@@ -17,16 +17,15 @@ import layer_report
 import torch
 from layer_cases import CASES, PASSES
 from layer_claims import CLAIMS, Claim, run_claims
-from layer_runs import Bench, Row, run_cases
+from layer_machine import Bench
+from layer_runs import Row, run_cases
 
 from torch_moe import _C
 from torch_moe.cli import plot, report
 from torch_moe.cli.bench import describe
 from torch_moe.cli.display import Display
-from torch_moe.cli.floor import spin
 from torch_moe.cli.problem import DTYPES
 from torch_moe.testing import ROUTINGS
-from torch_moe.testing.quiet import Quiet
 
 
 def some_of(names):
@@ -87,10 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     display = Display()
-    quiet = Quiet(spin, realtime=options.realtime)
+    bench = Bench(display, realtime=options.realtime)
     if options.realtime:
-        display.note(quiet.words)
-    bench = Bench(display, quiet)
+        display.note(bench.quiet.words)
     rows: list[Row] = []
     claims: list[Claim] = []
     by_layer = groupby((CASES[name] for name in CASES if name in options.case), key=lambda case: case.shape.name)
@@ -117,27 +115,24 @@ def main(argv: list[str] | None = None) -> None:
         display.note("interrupted: what follows is what was measured until now")
     if not rows and not claims:
         return display.note("nothing was measured")
-    bench.read_floor()
-    limits = bench.machine
     if rows:
-        layer_report.show(display, rows, limits)
+        layer_report.show(display, rows)
     if claims:
         layer_report.show_claims(display, claims)
-    slowest, spread = min(bench.readings, key=lambda reading: reading.gflops), len(bench.readings)
-    display.note(
-        f"floor: {limits.gflops:.0f} GFLOP/s of FMAs, {limits.read_gbytes:.1f} GB/s: the best of {spread} readings "
-        f"(the slowest {slowest.gflops:.0f} GFLOP/s)"
-    )
+    write(options, rows, claims, display)
+
+
+def write(options: argparse.Namespace, rows: list[Row], claims: list[Claim], display: Display) -> None:
+    environment = describe()
     if options.markdown:
-        print(layer_report.markdown(rows, claims, limits))
+        print(layer_report.markdown(rows, claims))
     if options.output is not None:
-        report.append_jsonl(options.output, layer_report.records(rows, claims, limits, describe()))
+        report.append_jsonl(options.output, layer_report.records(rows, claims, environment))
         display.note(f"appended to {options.output}")
     if options.plot is not None and rows:
         reason = plot.why_not_plot()
         if reason is None:
-            environment = describe()
-            layer_report.draw(options.plot, rows, limits, f"{environment['cpu']}, {environment['commit']}")
+            layer_report.draw(options.plot, rows, f"{environment['cpu']}, {environment['commit']}")
         display.note(reason or f"drew {options.plot}")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
-from layer_runs import Bench
+from layer_machine import Bench
 
 from torch_moe import ops
 from torch_moe.cli import machine

@@ -11,7 +11,6 @@ from layer_runs import Row
 
 from torch_moe.cli.candidates import K_DENSE, TORCH_MOE
 from torch_moe.cli.display import Display
-from torch_moe.cli.floor import Machine
 
 HEADER = ("case", "contender", "ms", "± %", "noise %", "% of floor", "peer/must/aim", "")
 
@@ -28,11 +27,11 @@ def verdict(percent: float, target: Target | None) -> str:
     return "MISSED" if percent < target.must else "must" if percent < target.aim else "aim"
 
 
-def show(display: Display, rows: Sequence[Row], limits: Machine) -> None:
+def show(display: Display, rows: Sequence[Row]) -> None:
     """Print every row; the last column says whether the target is met."""
     table = []
     for row in rows:
-        percent, target = row.percent_of_floor(limits), row.target if row.contender == TORCH_MOE else None
+        percent, target = row.percent_of_floor, row.target if row.contender == TORCH_MOE else None
         table.append(
             [
                 label(row),
@@ -61,9 +60,7 @@ def show_claims(display: Display, claims: Sequence[Claim]) -> None:
         display.note(f"{claim.case} {claim.dtype} {claim.routing}: {times} ms")
 
 
-def records(
-    rows: Sequence[Row], claims: Sequence[Claim], limits: Machine, environment: dict[str, Any]
-) -> list[dict[str, Any]]:
+def records(rows: Sequence[Row], claims: Sequence[Claim], environment: dict[str, Any]) -> list[dict[str, Any]]:
     """One JSON-ready record per row and per claim."""
     dense = {_place(row): row.quiet.median for row in rows if row.contender == K_DENSE}
     lines = []
@@ -92,9 +89,9 @@ def records(
             "noise_kept": round(statistics.median(timing.noise), 4),
             "noise_all": round(statistics.median(row.timing.noise), 4),
             "gflops": round(row.work.flops / timing.median / 1e9, 2),
-            "floor_gflops": round(limits.gflops, 1),
-            "floor_read_gbytes": round(limits.read_gbytes, 2),
-            "percent_of_floor": round(row.percent_of_floor(limits), 2),
+            "floor_gflops": round(row.machine.gflops, 1),
+            "floor_read_gbytes": round(row.machine.read_gbytes, 2),
+            "percent_of_floor": round(row.percent_of_floor, 2),
         }
         if _place(row) in dense:
             line["ratio_to_k_dense"] = round(timing.median / dense[_place(row)], 4)
@@ -112,21 +109,21 @@ def _place(row: Row) -> tuple[str, ...]:
     return row.case.name, row.dtype, row.pass_name, row.routing
 
 
-def markdown(rows: Sequence[Row], claims: Sequence[Claim], limits: Machine) -> str:
+def markdown(rows: Sequence[Row], claims: Sequence[Claim]) -> str:
     """Return the tables of the README: the routings of a case in one line, then the claims."""
-    tables = [_markdown_rows(rows, limits)] if rows else []
+    tables = [_markdown_rows(rows)] if rows else []
     tables += [_markdown_claims(claims)] if claims else []
     return "\n\n".join(tables)
 
 
-def _markdown_rows(rows: Sequence[Row], limits: Machine) -> str:
+def _markdown_rows(rows: Sequence[Row]) -> str:
     ours: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.contender == TORCH_MOE:
             ours.setdefault((row.case.name, PASSES[row.pass_name], row.dtype, row.isa), []).append(row)
     table = []
     for (name, pass_name, dtype, _), same in ours.items():
-        percents = sorted(row.percent_of_floor(limits) for row in same)
+        percents = sorted(row.percent_of_floor for row in same)
         shown = " to ".join(dict.fromkeys(f"{percent:.0f}" for percent in (percents[0], percents[-1])))
         milliseconds = statistics.median(row.quiet.median for row in same) * 1e3
         target = same[0].target
@@ -148,7 +145,7 @@ def _markdown_table(words: Sequence[str], numbers: Sequence[str], rows: Sequence
     return "\n".join(f"| {' | '.join(row)} |" for row in ((*words, *numbers), rule, *rows))
 
 
-def draw(path: Path, rows: Sequence[Row], limits: Machine, title: str) -> None:
+def draw(path: Path, rows: Sequence[Row], title: str) -> None:
     """Draw percent of the floor per case, with the peer, what must be reached, and the aim."""
     import matplotlib as mpl
 
@@ -159,7 +156,7 @@ def draw(path: Path, rows: Sequence[Row], limits: Machine, title: str) -> None:
     figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.24 * len(ours)), layout="constrained")
     for place, row in enumerate(ours):
         color = "#4c72b0" if row.pass_name == "forward" else "#dd8452"
-        axis.barh(place, row.percent_of_floor(limits), 0.7, color=color)
+        axis.barh(place, row.percent_of_floor, 0.7, color=color)
         if row.target is not None:
             for percent, mark in ((row.target.peer, "kx"), (row.target.must, "k|"), (row.target.aim, "g|")):
                 axis.plot(percent, place, mark, markersize=9, markeredgewidth=2)

@@ -1,29 +1,24 @@
 """Measure cases: passes, routings, instruction sets and contenders of one layer interleaved, between floor readings."""
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import layer_transformers
-import torch
 from layer_cases import Case, Target
+from layer_machine import Bench, make_flush, using_isa
 
 from torch_moe import _C
-from torch_moe.cli import floor, machine
+from torch_moe.cli import machine
 from torch_moe.cli.candidates import GROUPED_MM, K_DENSE, LOOP, TORCH_MOE, Candidate, make_candidates
-from torch_moe.cli.display import Display
 from torch_moe.cli.floor import Machine, Work
 from torch_moe.cli.limits import Limits
 from torch_moe.cli.problem import DTYPES, Problem, make_problem
 from torch_moe.cli.verify import verify
-from torch_moe.testing.quiet import Quiet
 from torch_moe.testing.timing import Timing, interleave
 
 CONTENDERS = (TORCH_MOE, K_DENSE, LOOP, GROUPED_MM)
 # The reference computes each expert that a verified token hits in fp64: fewer tokens where experts are large.
 VERIFIED_PARAMETERS = 1 << 28
-# Read between calls of few tokens, as a model's other layers would be: more than any cache.
-LEAST_FLUSH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +34,7 @@ class Row:
     timing: Timing
     work: Work
     tokens_per_expert: tuple[int, ...]
+    machine: Machine  # its limits around the samples
 
     @property
     def target(self) -> Target | None:
@@ -48,53 +44,9 @@ class Row:
     def quiet(self) -> Timing:
         return self.timing.quietest()
 
-    def percent_of_floor(self, limits: Machine) -> float:
-        return 100 * self.work.floor(limits) / self.quiet.median
-
-
-@dataclass
-class Bench:
-    """What all cases of a run share."""
-
-    display: Display
-    quiet: Quiet
-    readings: list[Machine] = field(default_factory=list)
-    _notes: set[str] = field(default_factory=set)
-
-    def note_once(self, text: str) -> None:
-        if text not in self._notes:
-            self._notes.add(text)
-            self.display.note(text)
-
     @property
-    def machine(self) -> Machine:
-        """The best readings: a slow one only tells that others used the machine."""
-        best = self.readings[0]
-        for reading in self.readings[1:]:
-            best = best.best(reading)
-        return best
-
-    def read_floor(self) -> None:
-        """Read FMA rate and bandwidth by the machine's best instruction set, whatever the contenders use."""
-        with using_isa(_C.available_isas()[0]), self.quiet.undisturbed():
-            # That of fp32 is the rate of FMAs: never that of matrix units.
-            self.readings.append(floor.measure(torch.float32, machine.memory_budget()))
-
-
-@contextmanager
-def using_isa(isa: str):
-    before = _C.isa()
-    _C.set_isa(isa)
-    try:
-        yield
-    finally:
-        _C.set_isa(before)
-
-
-def make_flush() -> Callable[[], object]:
-    """Return a function that reads more memory than the caches hold, on all threads."""
-    cached = torch.ones(max(LEAST_FLUSH_BYTES, 2 * machine.last_level_cache_bytes()) // 4)
-    return cached.sum
+    def percent_of_floor(self) -> float:
+        return 100 * self.work.floor(self.machine) / self.quiet.median
 
 
 def run_cases(
@@ -122,6 +74,7 @@ def run_cases(
         return []
     with bench.display.progress(f"{largest.name}, {dtype}: drawing weights"):
         layer = make_problem(largest, dtype, routings[0], seed, limits)
+    start = len(bench.readings)
     bench.read_floor()
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[[], object]] = {}
@@ -139,9 +92,12 @@ def run_cases(
         bench.display.progress(f"{largest.name}, {dtype}: {len(calls)} timings, {rounds} rounds") as on_sample,
         using_isa(isas[0]),
     ):
-        timings = interleave(calls, rounds=rounds, prepare=prepare, observe=bench.quiet, on_sample=on_sample)
+        before_sample = bench.between_rounds(on_sample)
+        timings = interleave(calls, rounds=rounds, prepare=prepare, observe=bench.quiet, on_sample=before_sample)
     bench.read_floor()
-    return [replace(row, timing=timings[key]) for key, row in rows.items()]
+    limits = bench.best_since(start)
+    bench.display.note(f"floor of these: {limits.gflops:.0f} GFLOP/s of FMAs, {limits.read_gbytes:.1f} GB/s of reads")
+    return [replace(row, timing=timings[key], machine=limits) for key, row in rows.items()]
 
 
 def _contenders(
@@ -177,7 +133,8 @@ def _contenders(
             call = candidate.backward_call(problem) if name == "backward" else candidate.forward_call(problem)
             work = candidate.work_with_backward if name == "backward" else candidate.work
             for isa in isas if candidate.name == TORCH_MOE else ("",):
-                row = Row(case, dtype, name, routing, candidate.name, isa, Timing(()), work, problem.tokens_per_expert)
+                counts = problem.tokens_per_expert
+                row = Row(case, dtype, name, routing, candidate.name, isa, Timing(()), work, counts, Machine(0, 0))
                 found.append((row, _with_isa(isa, call) if isa else call))
     return found
 

@@ -6,15 +6,18 @@ from dataclasses import replace
 import bench_layer
 import layer_cases
 import layer_claims
+import layer_machine
 import layer_runs
 import pytest
 import torch
 from layer_cases import CASES
 from layer_claims import CLAIMS
+from layer_machine import Bench, using_isa
 
 from torch_moe import _C
 from torch_moe.cli import floor
 from torch_moe.cli.baselines import Weights
+from torch_moe.cli.display import Display
 from torch_moe.cli.errors import WrongResult
 from torch_moe.cli.floor import Machine, Work
 from torch_moe.testing.timing import Timing
@@ -29,7 +32,7 @@ def small(monkeypatch, restore_threads):
         monkeypatch.setitem(CASES, name, replace(case, shape=replace(case.shape, **sizes)))
     monkeypatch.setattr(floor, "SECONDS", 0.001)
     monkeypatch.setattr(floor, "BANDWIDTH_MEBIBYTES", 64)
-    monkeypatch.setattr(layer_runs, "LEAST_FLUSH_BYTES", 1 << 12)
+    monkeypatch.setattr(layer_machine, "LEAST_FLUSH_BYTES", 1 << 12)
     monkeypatch.setattr(layer_runs.machine, "last_level_cache_bytes", lambda: 0)
 
 
@@ -124,19 +127,40 @@ def test_a_layer_too_large_is_left_out_and_said(tmp_path, monkeypatch, capsys):
 
 def test_percent_of_floor_takes_the_quiet_samples():
     timing = Timing((1.0, 9.0, 1.0, 9.0, 1.0), (0.0, 0.9, 0.0, 0.9, 0.0))
-    row = layer_runs.Row(CASES["seed-t1"], "fp32", "forward", "zipf", "torch_moe", "", timing, Work(5e9, 1e9), (1,))
-    assert row.percent_of_floor(Machine(gflops=10.0, read_gbytes=10.0)) == 50.0
+    limits, work = Machine(gflops=10.0, read_gbytes=10.0), Work(5e9, 1e9)
+    row = layer_runs.Row(CASES["seed-t1"], "fp32", "forward", "zipf", "torch_moe", "", timing, work, (1,), limits)
+    assert row.percent_of_floor == 50.0
     assert row.target == CASES["seed-t1"].targets["fp32", "forward"]
 
 
 def test_the_floor_is_that_of_the_best_instruction_set(monkeypatch):
     used = []
     monkeypatch.setattr(floor, "measure", lambda dtype, memory: used.append((dtype, _C.isa())) or Machine(1.0, 1.0))
-    bench = layer_runs.Bench(None, layer_runs.Quiet(lambda: 1.0))
-    with layer_runs.using_isa(_C.available_isas()[-1]):
+    bench = Bench(None)
+    with using_isa(_C.available_isas()[-1]):
         bench.read_floor()
         assert _C.isa() == _C.available_isas()[-1]
     assert used == [(torch.float32, _C.available_isas()[0])]
+
+
+def test_the_floor_of_a_case_is_the_best_reading_around_it(monkeypatch):
+    readings = iter([Machine(9.0, 9.0), Machine(3.0, 1.0), Machine(1.0, 3.0), Machine(1.0, 2.0), Machine(9.0, 9.0)])
+    monkeypatch.setattr(floor, "measure", lambda dtype, memory: next(readings))
+    monkeypatch.setattr(floor, "spin", lambda: 2.0)
+    bench = Bench(Display())
+    bench.read_floor()
+    options = {"passes": ["forward"], "routings": ["zipf"], "isas": [_C.isa()], "compare": False, "seed": 0}
+    (row,) = layer_runs.run_cases(bench, [CASES["seed-t1"]], "fp32", rounds=6, **options)  # one more after five rounds
+    assert row.machine == Machine(3.0, 3.0)
+    assert len(row.timing.samples) == 6
+    assert next(readings) == Machine(9.0, 9.0)
+
+
+def test_spins_are_readings_too(monkeypatch):
+    monkeypatch.setattr(floor, "spin", lambda: 4.0)
+    bench = Bench(None)
+    bench.quiet(lambda: 1.0)
+    assert bench.readings == [Machine(4.0, 0.0)] * 3
 
 
 def test_list_names_every_case(capsys):
@@ -173,7 +197,7 @@ def test_claims_are_ratios_of_their_medians(monkeypatch, narrow):
     monkeypatch.setattr(
         layer_claims, "interleave", lambda calls, **_: {name: Timing((seconds[name],), (0.0,)) for name in calls}
     )
-    bench = layer_runs.Bench(layer_runs.Display(), layer_runs.Quiet(lambda: 1.0))
+    bench = Bench(Display())
     claims = layer_claims.run_claims(bench, tuple(CLAIMS), ["fp32"], ["uniform"], 1, 0)
     values = [(claim.case, claim.value) for claim in claims]
     stages = [(f"stages-{name}", 0.5) for name in ("seed", "mixtral", "qwen3")]
