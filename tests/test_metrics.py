@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import randn
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from torch_moe import MoE, Observation, RoutingStats, TopKRouter, reference
 from torch_moe.metrics import flip_rate, max_vio
@@ -119,6 +120,41 @@ def test_drop_rate(masked):
     by_hand.observe(Observation(ids, tokens_per_expert=plan.tokens_per_expert))
     assert value(by_hand, "drop_rate") == pytest.approx((plan.slot_to_row < 0).double().mean().item())
     assert math.isnan(value(RoutingStats.attach(layer.router), "drop_rate"))  # a router alone drops nothing it knows of
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_drops_of_a_recomputed_layer_are_counted_once(use_reentrant):
+    layer, x = make(capacity_factor=0.7), randn(T, H).requires_grad_()
+    stats, plain = RoutingStats.attach(layer), RoutingStats.attach(layer)
+    layer(x)
+    plain.detach()
+    stats.reset()
+    checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
+    assert 0 < value(stats, "drop_rate") == value(plain, "drop_rate")
+
+
+def test_experts_without_weights_are_chosen_and_never_dropped():
+    layer, x = make(num_zero_experts=3, capacity_factor=0.7), randn(T, H)
+    stats = RoutingStats.attach(layer)
+    ids, _, kept = layer(x, return_routing=True)[1][1:]
+    assert torch.equal(stats.tokens_per_expert(0), ids.flatten().bincount(minlength=E + 3))
+    limited = (ids < E).sum()
+    assert value(stats, "drop_rate") == pytest.approx(((limited - kept.sum()) / limited).item())
+    assert kept.sum() < limited < T * K
+
+
+@pytest.mark.parametrize("options", [{"force_balanced": True}, {"selection": "sinkhorn"}], ids=["forced", "sinkhorn"])
+def test_a_choice_that_is_no_top_k_has_no_margin(options):
+    layer = make(score_function="sigmoid", **options)
+    stats = RoutingStats.attach(layer)
+    logits = layer(randn(T, H), return_routing=True)[1].router_logits
+    share = logits.double().sigmoid()
+    share = share / share.sum(-1, keepdim=True)
+    assert value(stats, "entropy") == pytest.approx(
+        (-share * share.log()).sum(-1).mean().item() / math.log(E), rel=1e-5
+    )
+    assert math.isnan(value(stats, "margin"))
+    assert math.isnan(value(stats, "flip_rate"))
 
 
 def test_padding_is_not_counted():

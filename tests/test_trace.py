@@ -59,31 +59,34 @@ def test_scores_and_probabilities_of_the_worked_example():
         {},
         {"score_function": "sigmoid", "expert_bias": True, "num_shared_experts": 1, "bias": True},
         {"weight_layout": "in_out", "activation": "relu", "capacity_factor": 0.1},
+        {"num_zero_experts": 4, "score_function": "sigmoid", "num_shared_experts": 1},
+        {"weight_position": "input", "per_expert_scale": True, "logit_softcap": 5.0},
+        {"selection": "hash", "vocab_size": 10},
+        {"input_jitter": 0.5, "noisy": True, "dropout": 0.5, "expert_dropout": 0.5},
     ],
-    ids=["plain", "deepseek", "capacity"],
+    ids=["plain", "deepseek", "capacity", "zero_experts", "scaled_input", "hash", "noise"],
 )
 def test_contributions_sum_to_the_output(options):
     torch.manual_seed(0)
     layer, token = MoE(H, I, E, K, **options), randn(H)
     if layer.router.expert_bias is not None:
         layer.router.expert_bias[2] = 5.0
-    result = trace(layer, token)
-    weights, ids = layer.router(token.view(1, -1))[1:]
-    assert torch.equal(result.topk_weights, weights[0])
-    assert torch.equal(result.topk_ids, ids[0])
-    for choice, expert in enumerate(ids[0].tolist()):
-        alone = MoE(H, I, E, 1, renormalize=False, **{k: v for k, v in options.items() if k != "num_shared_experts"})
-        alone.experts = layer.experts
-        alone.router.forward = lambda x, expert=expert, **_: (
-            x,
-            torch.ones(len(x), 1),
-            torch.full((len(x), 1), expert, dtype=torch.int32),
-        )
-        assert_close(result.contributions[choice], (weights[0, choice] * alone(token)).detach().double(), 1, I)
-    total = result.contributions.double().sum(0) + (0 if result.shared is None else result.shared)
-    assert_close(result.output, total, H, 1, I, K)
-    assert torch.equal(result.output, layer(token))
+    token_ids = torch.tensor([7])
+    result = trace(layer, token, token_ids=token_ids)
+    layer.eval()
+    output, routing = layer(token, return_routing=True, token_ids=token_ids)
+    assert torch.equal(result.topk_weights, routing.topk_weights[0])
+    assert torch.equal(result.topk_ids, routing.topk_ids[0])
+    assert torch.equal(result.output, output)
     assert (result.shared is None) == (layer.shared_experts is None)
+    shared = torch.zeros(H) if layer.shared_experts is None else layer.shared_experts(token.view(1, H))[0]
+    for choice in range(K):
+        # The layer with the other weights zero, less what every token gets.
+        alone = torch.where(torch.arange(K) == choice, routing.topk_weights, 0)
+        layer.router.forward = lambda x, alone=alone, **_: (x, alone, routing.topk_ids)
+        assert_close(result.contributions[choice], (layer(token) - shared).double().detach(), H, 1, I, K)
+        assert (result.contributions[choice] != 0).any()
+    assert_close(result.output, (result.contributions.double().sum(0) + shared).detach(), H, 1, I, K)
 
 
 def test_leaves_the_layer_alone():

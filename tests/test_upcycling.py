@@ -20,6 +20,7 @@ LAYERS = {
     "softmax": {},
     "topk_then_score": {"score_order": "topk_then_score", "renormalize": False},
     "deepseek": {"score_function": "sigmoid", "expert_bias": True, "routed_scaling_factor": 2.5, "num_groups": 2},
+    "sqrtsoftplus": {"score_function": "sqrtsoftplus", "routed_scaling_factor": 1.5, "expert_bias": True},
     "in_out": {"weight_layout": "in_out", "recompute": True},
 }
 
@@ -157,7 +158,14 @@ def test_refused():
         "granularity must divide intermediate size = 24, got 5": lambda: upcycle(dense, 10, 5, granularity=5),
         r"drop_ratio must be in \[0, 1\], got 1.5": lambda: upcycle(dense, 4, 2, drop_ratio=1.5),
         "router_noise must not be negative, got -1": lambda: upcycle(dense, 4, 2, router_noise=-1),
-        "shared experts would add to the dense output": lambda: upcycle(dense, 4, 2, num_shared_experts=1),
+        "num_shared_experts would change the dense output: leave it, got 1": lambda: upcycle(
+            dense, 4, 2, num_shared_experts=1
+        ),
+        "weight_position would change": lambda: upcycle(dense, 4, 2, weight_position="input"),
+        "num_zero_experts would change": lambda: upcycle(dense, 4, 2, num_zero_experts=2),
+        "granularity above 1 needs selection='topk'": lambda: upcycle(
+            dense, 4, 2, granularity=2, selection="hash", vocab_size=9
+        ),
         "weights must sum to a constant: renormalize": lambda: upcycle(dense, 4, 2, renormalize=False),
         "num_groups must leave the 2 experts of a copy": lambda: upcycle(dense, 6, 2, granularity=2, num_groups=2),
     }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_moe._routing import count_tokens, scores, sum_over_ranks
+from torch_moe.nn.router import TopKRouter
 from torch_moe.observe import Observation, Read, RouterObserver, find_routers, read_router, token_mask
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class BiasBalancer(RouterObserver):
       :math:`s_i - \alpha` that :math:`TK/E` tokens exceed; ``rate`` is the weight of the new value against the old.
 
     Then the mean of b is subtracted, which changes no selection and stops a drift. A layer that chose nothing keeps its
-    bias. Routers in eval mode are not observed, so that evaluation changes nothing. Recomputed activations are counted
-    once.
+    bias. Experts without weights are balanced like the others. Routers in eval mode are not observed, so that
+    evaluation changes nothing. Recomputed activations are counted once.
 
     Make one of a model with :meth:`attach`, or observe counts yourself with :meth:`add` and write any bias tensors.
 
@@ -157,7 +158,7 @@ class BiasBalancer(RouterObserver):
             )
         sizes = sorted({getattr(router, bias_name).numel() for router in routers})
         _require(len(sizes) == 1, f"all layers must have as many experts, got {sizes} (attach one balancer to each)")
-        grouped = [router for router in routers if getattr(getattr(router, "config", router), "num_groups", 1) > 1]
+        grouped = [router for router in routers if isinstance(router, TopKRouter) and router.config.num_groups > 1]
         ungrouped = options.get("method") != "quantile" or not grouped
         _require(ungrouped, "method 'quantile' needs routers without groups (use 'sign' or 'proportional')")
         balancer = cls(sizes[0], len(routers), **options)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch_moe import ops, reference
 from torch_moe._routing import count_tokens, flat_mask, is_recomputing, probabilities, scores, sum_over_ranks
 from torch_moe.nn.layer import MoE
-from torch_moe.observe import Observation, Read, RouterObserver, find_routers, num_choices, read_router, token_mask
+from torch_moe.nn.router import TopKRouter
+from torch_moe.observe import Observation, Read, RouterObserver, find_routers, read_router, token_mask
 from torch_moe.summary import Summary
 
 if TYPE_CHECKING:
@@ -122,7 +123,11 @@ class RoutingStats(RouterObserver):
         routers = find_routers(model)
         if not routers:
             raise ValueError("RoutingStats: no router to watch")
-        stats = cls([num_choices(router) for router in routers])
+        # Experts without weights can be chosen, too.
+        choices = (
+            router.config.num_choices if isinstance(router, TopKRouter) else router.num_experts for router in routers
+        )
+        stats = cls([int(size) for size in choices])  # type: ignore[arg-type]
         stats.watch(routers, read)
         layers = {router: layer for layer, router in enumerate(routers)}
         for module in model.modules() if isinstance(model, nn.Module) else ():

@@ -57,29 +57,11 @@ def read_router(router: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor
     bias = getattr(router, "expert_bias", None)
     if not isinstance(router, TopKRouter):
         return Observation(topk_ids, topk_weights, router_logits, bias)
-    config = config_of(router)
-    options = {name: getattr(config, name) for name in _SELECTION if hasattr(config, name)}
-    by_route = getattr(config, "selection", "topk") in ("topk", "top2_gshard") and not getattr(
-        config, "force_balanced", False
-    )
-    return Observation(
-        topk_ids,
-        topk_weights,
-        router_logits,
-        bias,
-        options if by_route else None,
-        score_function=options["score_function"],
-    )
-
-
-def config_of(router: TopKRouter) -> Any:  # noqa: ANN401
-    """Return what has the options of a router as attributes."""
-    return getattr(router, "config", router)
-
-
-def num_choices(router: nn.Module) -> int:
-    """Return the number of experts a token can choose from, those without weights included."""
-    return int(getattr(getattr(router, "config", router), "num_choices", None) or router.num_experts)  # type: ignore[arg-type]
+    config = router.config
+    by_route = config.selection in ("topk", "top2_gshard") and not config.force_balanced
+    options = {name: getattr(config, name) for name in _SELECTION} if by_route else None
+    function = config.score_function
+    return Observation(topk_ids, topk_weights, router_logits, bias, options, score_function=function)
 
 
 def find_routers(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_moe import ops
 from torch_moe._routing import probabilities, scores
 from torch_moe.nn.layer import MoE
+from torch_moe.nn.router import RouterOutput
 from torch_moe.summary import Summary
 
 
@@ -75,7 +76,7 @@ class Trace(NamedTuple):
 
 
 @torch.no_grad()
-def trace(layer: MoE, x: Tensor) -> Trace:
+def trace(layer: MoE, x: Tensor, *, token_ids: Tensor | None = None) -> Trace:
     """Follow one token through a layer, in eval mode; training is not disturbed.
 
     Alone, the token meets no capacity limit.
@@ -86,6 +87,8 @@ def trace(layer: MoE, x: Tensor) -> Trace:
         The layer.
     x : Tensor of shape (hidden_size,), or any with one token
         The token.
+    token_ids : Tensor of one integer, default=None
+        Its id, which ``selection="hash"`` looks up.
 
     Returns
     -------
@@ -130,26 +133,34 @@ def trace(layer: MoE, x: Tensor) -> Trace:
     try:
         # The parts' forward, not the parts: hooks that count what a layer does are not to count this.
         token = x.reshape(1, hidden_size)
-        router_logits, topk_weights, topk_ids = layer.router.forward(token)
+        routed = layer.router.forward(token, token_ids=token_ids)
         # One row per choice: each goes through its own expert alone, with its own weight.
-        rows, ids = token.expand(topk_ids.shape[1], -1), topk_ids.view(-1, 1)
-        plan = ops.plan(ids, layer.router.num_experts)
-        contributions = layer.experts.forward(rows, topk_weights.view(-1, 1), plan)
-        plan = ops.plan(topk_ids, layer.router.num_experts)
-        output = layer.experts.forward(token, topk_weights, plan)[0]
+        each = RouterOutput(routed.router_logits, routed.topk_weights.view(-1, 1), routed.topk_ids.view(-1, 1))
+        contributions = _routed(layer, token.expand(len(each.topk_ids), -1), each)
         shared = None if layer.shared_experts is None else layer.shared_experts.forward(token)[0]
+        output = _routed(layer, token, routed, shared)[0]
     finally:
         for module, training in mode.items():
             module.training = training
-    function = layer.router.config.score_function
+    function, router_logits = layer.router.config.score_function, routed.router_logits[0]
     return Trace(
-        router_logits[0],
-        scores(router_logits, function)[0],
-        probabilities(router_logits, function)[0],
+        router_logits,
+        scores(router_logits, function),
+        probabilities(router_logits, function),
         layer.router.expert_bias,
-        topk_ids[0],
-        topk_weights[0],
+        routed.topk_ids[0],
+        routed.topk_weights[0],
         contributions,
         shared,
-        output if shared is None else output + shared,
+        output,
     )
+
+
+def _routed(layer: MoE, tokens: Tensor, routed: RouterOutput, shared: Tensor | None = None) -> Tensor:
+    """Return what the chosen experts give, those without weights included, in the order in which the layer adds."""
+    output = layer.experts.forward(tokens, routed.topk_weights, ops.plan(routed.topk_ids, layer.router.num_experts))
+    if shared is not None:
+        output = output + shared
+    if layer.config.router.num_zero_experts > 0 and layer.config.router.zero_expert == "identity":
+        output = output + layer._identity(tokens, routed)
+    return output

@@ -67,7 +67,7 @@ def upcycle(
     TypeError
         If the module is none of the above.
     ValueError
-        If sizes do not divide, or options do not let the weights of a token sum to a constant.
+        If sizes do not divide, or an option would change the output.
 
     References
     ----------
@@ -79,11 +79,20 @@ def upcycle(
         _require(granularity >= 1 and size % granularity == 0, f"granularity must divide {name} = {size}", granularity)
     _require(0 <= drop_ratio <= 1, "drop_ratio must be in [0, 1]", drop_ratio)
     _require(router_noise >= 0, "router_noise must not be negative", router_noise)
-    shared = options.get("num_shared_experts", 0) or options.get("shared_intermediate_size")
-    _require(not shared, "shared experts would add to the dense output: upcycle into routed ones only", shared)
-    softmax_last = options.get("score_order") == "topk_then_score" and options.get("score_function") != "sigmoid"
+    for name, plain in _PLAIN.items():
+        _require(
+            options.get(name, plain) == plain, f"{name} would change the dense output: leave it", options.get(name)
+        )
+    softmax_last = options.get("score_order") == "topk_then_score" and options.get("score_function") in (
+        None,
+        "softmax",
+    )
     renormalize = options.get("renormalize", True)
     _require(renormalize or softmax_last, "weights must sum to a constant: renormalize must be True", renormalize)
+    by_score = options.get("selection", "topk") == "topk" and not options.get("force_balanced")
+    _require(
+        granularity == 1 or by_score, "granularity above 1 needs selection='topk', which keeps copies whole", options
+    )
     num_groups = options.get("num_groups", 1)
     whole = num_experts // num_groups % granularity == 0
     _require(whole, f"num_groups must leave the {granularity} experts of a copy in one group", num_groups)
@@ -119,6 +128,17 @@ def upcycle(
         if layer.experts.down_proj_bias is not None and dense.down_bias is not None:
             layer.experts.down_proj_bias[expert] = dense.down_bias / scale
     return layer
+
+
+# Options with which the layer is not the dense network, whatever the weights are.
+_PLAIN: dict[str, object] = {
+    "num_shared_experts": 0,
+    "shared_intermediate_size": None,
+    "num_zero_experts": 0,
+    "weight_position": "output",
+    "renormalize_p": 1.0,
+    "second_expert_policy": "all",
+}
 
 
 class _Dense(NamedTuple):
