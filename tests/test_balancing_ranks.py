@@ -1,5 +1,6 @@
 """Counts are summed over a process group: two real processes over gloo."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,8 @@ SCRIPT = Path(__file__).parent / "distributed" / "balancing.py"
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
 def test_two_ranks(tmp_path):
     arguments = [sys.executable, "-W", "error", str(SCRIPT)]
-    ranks = [
-        subprocess.Popen([*arguments, str(rank), "2", str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    options = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    ranks = [subprocess.Popen([*arguments, str(rank), "2", str(tmp_path / "store")], **options) for rank in range(2)]
     try:
         errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     finally:
