@@ -24,6 +24,17 @@ def test_example_runs(capsys):
     assert "ISA" in printed
 
 
+def test_training_example_runs(capsys):
+    code = re.search(r"```python\n(.*?)```", between("training"), re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    names = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "max vio" in printed
+    assert "4 of 16 experts" in printed
+    assert (names["layer"].router.expert_bias != 0).any()
+
+
 def test_named_places_exist():
     named = re.findall(r"^([\w/.]+/)", between("tree"), re.MULTILINE)
     named += re.findall(r"`((?:python|tests|cpp)/[\w/.]+)`", README + (ROOT / "CONTRIBUTING.md").read_text())
