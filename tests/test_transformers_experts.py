@@ -155,3 +155,21 @@ def test_the_probe_is_no_part_of_the_state():
     assert gate.CACHE in vars(module)
     assert list(module.state_dict()) == before
     check(copy.deepcopy(module), *make_inputs())
+
+
+@pytest.mark.parametrize("kind", ["fused", "unfused", "unprobed"])
+def test_compile_once_for_all_lengths(kind):
+    torch.compiler.reset()
+    module = make_experts(has_bias=True, apply_gate=strange_gate if kind == "unfused" else None)
+    if kind != "unprobed":
+        engine.prepare(module)
+        assert gate.CACHE in vars(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    run_experts(compiled, *make_inputs(7), "torch_moe")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        results = [run_experts(compiled, *make_inputs(length), "torch_moe") for length in (9, 30)]
+    assert (gate.CACHE in vars(module)) == (kind != "unprobed")  # tracing probes nothing
+    for actual, length in zip(results, (9, 30), strict=True):
+        expected = run_experts(module, *make_inputs(length), "torch_moe")
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[f"_orig_mod.{name}" if "proj" in name else name], value)

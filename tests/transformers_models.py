@@ -68,6 +68,24 @@ SPECIAL = {
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "qwen3_omni_moe": {"shared_expert_intermediate_size": 24},
     "zaya": {"num_experts_per_tok": 1},
+    # Without the decorator.
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 4, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "jetmoe": {"kv_channels": 8},
+    "llama4": {"intermediate_size_mlp": 40, "num_experts_per_tok": 1, "no_rope_layers": [1, 1]},
+    "longcat_flash": {"expert_ffn_hidden_size": 24, "ffn_hidden_size": 24, "zero_expert_num": 2, "moe_topk": 3}
+    | {"num_layers": 2, "head_dim": 4},
+    "nllb_moe": {"d_model": 32, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 2, "decoder_layers": 2}
+    | {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    | {"pad_token_id": 0},
+    "step3p7": {"pad_token_id": 0, "sliding_window": 4, "swiglu_limits": [0.0, 0.5], "share_expert_dim": 24},
+    "switch_transformers": {"d_model": 32, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    | {"num_sparse_encoder_layers": 2, "num_decoder_layers": 2, "num_sparse_decoder_layers": 2, "pad_token_id": 0},
 }
 
 

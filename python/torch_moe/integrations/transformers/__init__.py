@@ -16,5 +16,18 @@ Tested with transformers 5.18; without transformers this package imports, and ``
 from torch_moe.integrations.transformers.forward import experts_forward
 from torch_moe.integrations.transformers.fp8 import fp8_experts_forward
 from torch_moe.integrations.transformers.registry import NAME, disable, enable, is_enabled
+from torch_moe.integrations.transformers.report import explain, prepare
+from torch_moe.integrations.transformers.swap import swap, unswap
 
-__all__ = ["NAME", "disable", "enable", "experts_forward", "fp8_experts_forward", "is_enabled"]
+__all__ = [
+    "NAME",
+    "disable",
+    "enable",
+    "experts_forward",
+    "explain",
+    "fp8_experts_forward",
+    "is_enabled",
+    "prepare",
+    "swap",
+    "unswap",
+]

@@ -63,6 +63,11 @@ def is_enabled() -> bool:
     return NAME in _interfaces()[0]._global_mapping
 
 
+def is_default() -> bool:
+    """Tell whether torch-moe has taken the place of transformers' default."""
+    return getattr(_interfaces()[0]._global_mapping[STOCK], "is_torch_moe", False)
+
+
 def _interfaces() -> tuple[Host, Host]:
     try:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
@@ -83,4 +88,5 @@ def _where_there_are_kernels(ours: ExpertsForward, stock: ExpertsForward) -> Exp
         implementation = ours if hidden_states.device.type in devices else stock
         return implementation(self, hidden_states, top_k_index, top_k_weights)
 
+    forward.is_torch_moe = True  # type: ignore[attr-defined]
     return forward
