@@ -13,6 +13,7 @@ older classes that do not. Parameters stay where and as they are: saving, loadin
 Tested with transformers 5.18; without transformers this package imports, and ``enable`` says what is missing.
 """
 
+from torch_moe.integrations.transformers.balancer import ModelBalancer, attach_balancer, attach_stats
 from torch_moe.integrations.transformers.forward import experts_forward
 from torch_moe.integrations.transformers.fp8 import fp8_experts_forward
 from torch_moe.integrations.transformers.registry import NAME, disable, enable, is_enabled
@@ -21,6 +22,9 @@ from torch_moe.integrations.transformers.swap import swap, unswap
 
 __all__ = [
     "NAME",
+    "ModelBalancer",
+    "attach_balancer",
+    "attach_stats",
     "disable",
     "enable",
     "experts_forward",

@@ -1,7 +1,6 @@
 """Which modules of a transformers model run on torch-moe, and how."""
 
 import re
-from collections.abc import Iterator
 from typing import TypeVar
 
 from torch import nn
@@ -14,11 +13,9 @@ from torch_moe.integrations.transformers.swap import is_swapped, unserved
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def experts_modules(model: nn.Module) -> Iterator[tuple[str, Host]]:
-    """Yield name and module of all experts that transformers' interface serves, in the model's order."""
-    for name, module in model.named_modules():
-        if all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "down_proj", "config")):
-            yield name, module
+def is_decorated(module: nn.Module) -> bool:
+    """Tell whether transformers' experts interface serves a module."""
+    return all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "config"))
 
 
 def prepare(model: _Model) -> _Model:
@@ -56,13 +53,12 @@ def explain(model: nn.Module) -> str:
     str
         One line per kind of experts module, with how many there are.
     """
-    served = {id(module) for _, module in experts_modules(model)}
     lines: dict[str, int] = {}
     for name, module in model.named_modules():
-        if id(module) in served:
-            how = _describe(module)
-        elif is_swapped(module):
+        if is_swapped(module):
             how = "torch_moe, by a change of class (unswap(model) undoes it)"
+        elif is_decorated(module):
+            how = _describe(module)
         elif unserved(module):
             how = "runs on transformers' own code, which ignores experts_implementation (swap(model) changes that)"
         else:

@@ -11,7 +11,7 @@ from torch_moe.integrations.transformers import swapped
 from torch_moe.integrations.transformers.forward import experts_forward
 from torch_moe.integrations.transformers.gate import CACHE, Host
 
-_PREFIX = "TorchMoe"
+PREFIX = "TorchMoe"
 
 
 class Swap(NamedTuple):
@@ -122,11 +122,11 @@ def _subclass(name: str) -> type[nn.Module]:
     attributes = {**known.attributes, "__module__": __name__, "__doc__": f"{name} of transformers, on torch-moe."}
     if known.forward is not None:
         attributes["forward"] = known.forward
-    return type(_PREFIX + name, (parent,), attributes)
+    return type(PREFIX + name, (parent,), attributes)
 
 
 def __getattr__(name: str) -> type[nn.Module]:
     """Return the subclass of that name: pickle looks for it here."""
-    if name.removeprefix(_PREFIX) in SWAPS and name.startswith(_PREFIX):
-        return _subclass(name.removeprefix(_PREFIX))
+    if name.removeprefix(PREFIX) in SWAPS and name.startswith(PREFIX):
+        return _subclass(name.removeprefix(PREFIX))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
