@@ -39,7 +39,8 @@ def test_import_is_quick_and_pulls_in_nothing_heavy():
 def test_public_names():
     parts = {"losses", "nn", "ops"}
     classes = {"BiasBalancer", "Experts", "MoE", "Observation", "Plan", "RoutingStats", "TopKRouter"}
-    assert set(torch_moe.__all__) == parts | classes | {"__version__", "explain", "trace", "upcycle"}
+    configs = {"ExpertsConfig", "MoEConfig", "RouterConfig", "SharedExpertsConfig"}
+    assert set(torch_moe.__all__) == parts | classes | configs | {"__version__", "explain", "trace", "upcycle"}
     assert all(hasattr(torch_moe, name) for name in torch_moe.__all__)
     assert torch_moe.__version__ == torch_moe._C.build_info()["version"]
 
