@@ -40,7 +40,8 @@ def test_public_names():
     parts = {"losses", "nn", "ops"}
     classes = {"BiasBalancer", "Experts", "MoE", "Observation", "Plan", "RoutingStats", "TopKRouter"}
     configs = {"ExpertsConfig", "MoEConfig", "RouterConfig", "SharedExpertsConfig"}
-    assert set(torch_moe.__all__) == parts | classes | configs | {"__version__", "explain", "trace", "upcycle"}
+    sizes = {"PRESETS", "ParamReport", "param_report"}
+    assert set(torch_moe.__all__) == parts | classes | configs | sizes | {"__version__", "explain", "trace", "upcycle"}
     assert all(hasattr(torch_moe, name) for name in torch_moe.__all__)
     assert torch_moe.__version__ == torch_moe._C.build_info()["version"]
 

@@ -35,6 +35,15 @@ def test_training_example_runs(capsys):
     assert (names["layer"].router.expert_bias != 0).any()
 
 
+def test_router_example_runs(capsys):
+    code = re.search(r"```python\n(.*?)```", between("routers"), re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    names = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    assert "46,702,792,704 parameters, 12,879,925,248 active" in capsys.readouterr().out
+    assert names["again"].shape == (16, 64)
+
+
 def test_named_places_exist():
     named = re.findall(r"^([\w/.]+/)", between("tree"), re.MULTILINE)
     named += re.findall(r"`((?:python|tests|cpp)/[\w/.]+)`", README + (ROOT / "CONTRIBUTING.md").read_text())

@@ -16,16 +16,20 @@ from torch_moe.metrics import RoutingStats
 from torch_moe.nn import Experts, MoE, TopKRouter
 from torch_moe.observe import Observation
 from torch_moe.ops import Plan
+from torch_moe.param_report import ParamReport, param_report
+from torch_moe.presets import PRESETS
 from torch_moe.trace import trace
 from torch_moe.upcycling import upcycle
 
 __all__ = [
+    "PRESETS",
     "BiasBalancer",
     "Experts",
     "ExpertsConfig",
     "MoE",
     "MoEConfig",
     "Observation",
+    "ParamReport",
     "Plan",
     "RouterConfig",
     "RoutingStats",
@@ -36,6 +40,7 @@ __all__ = [
     "losses",
     "nn",
     "ops",
+    "param_report",
     "trace",
     "upcycle",
 ]

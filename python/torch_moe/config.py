@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from torch_moe.ops.activation import GATED_ACTIVATIONS, UNGATED_ACTIVATIONS, is_gated
@@ -32,16 +33,24 @@ class _Checked:
         for name in names:
             self._require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
 
-    def _is_default(self, name: str) -> bool:
-        return bool(getattr(self, name) == next(f.default for f in fields(self) if f.name == name))  # type: ignore[arg-type]
+    def is_default(self, name: str) -> bool:
+        """Tell whether a field that has a default holds it."""
+        return bool(getattr(self, name) == getattr(type(self), name))
 
     def _require_default_unless(self, condition: bool, needs: str, *names: str) -> None:
         """Refuse options that would do nothing."""
         for name in names:
-            unused = condition or self._is_default(name)
+            unused = condition or self.is_default(name)
             self._require(
                 unused, f"{name}={getattr(self, name)!r} does nothing without {needs}: set it or leave {name}"
             )
+
+
+@cache
+def _choices_of(config: type) -> dict[str, tuple[str, ...]]:
+    """Return the values of every Literal field."""
+    hints = get_type_hints(config)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +225,7 @@ class RouterConfig(_Checked):
             unused = ("expert_bias", "num_groups") if choice != "sinkhorn" else ("num_groups",)
             for name in unused:
                 self._require(
-                    self._is_default(name), f'{name} does nothing with selection="{choice}": leave {name} or use "topk"'
+                    self.is_default(name), f'{name} does nothing with selection="{choice}": leave {name} or use "topk"'
                 )
         self._require(
             self.num_zero_experts == 0 or choice in ("topk", "hash"),
@@ -253,7 +262,7 @@ class RouterConfig(_Checked):
         if self.selection == "expert_choice":
             for name in ("capacity", "capacity_scope", "drop_policy"):
                 self._require(
-                    self._is_default(name),
+                    self.is_default(name),
                     f'{name}={getattr(self, name)!r} contradicts selection="expert_choice", where every expert takes '
                     f"capacity_factor * num_tokens * top_k / num_experts tokens: leave {name}",
                 )
@@ -357,7 +366,7 @@ class SharedExpertsConfig(ExpertsConfig):
     def _check(self) -> None:
         super()._check()
         for name in ("num_experts", "weight_layout", "weight_position", "recompute", "dropout", "expert_dropout"):
-            self._require(self._is_default(name), f"{name}={getattr(self, name)!r} is for routed experts: leave {name}")
+            self._require(self.is_default(name), f"{name}={getattr(self, name)!r} is for routed experts: leave {name}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from torch_moe.cli.errors import UsageError, WrongResult
-from torch_moe.cli.options import add_bench_parser
+from torch_moe.cli.options import add_bench_parser, add_plan_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="torch-moe", description="Mixture-of-Experts layers for PyTorch.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     add_bench_parser(subparsers)
+    add_plan_parser(subparsers)
     subparsers.add_parser("explain", help="tell which kernels, ISA and threads this machine takes")
     options = parser.parse_args(argv)
     if options.command == "explain":
@@ -33,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(torch_moe.explain())
         return 0
-    from torch_moe.cli import bench
+    from torch_moe.cli import bench, plan
 
     try:
-        return bench.run(options)
+        return plan.run(options) if options.command == "plan" else bench.run(options)
     except UsageError as error:
         parser.error(str(error))
     except WrongResult as error:

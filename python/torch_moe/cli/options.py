@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from torch_moe.cli.shapes import SHAPES
+from torch_moe.presets import PRESETS
 
 DTYPES = ("fp32", "bf16", "fp16")
 DEVICES = ("cpu",)
@@ -59,6 +60,33 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print JSON alone on stdout; the rest goes to stderr")
+
+
+def add_plan_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `torch-moe plan`."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="tell how parameters, operations, memory and traffic grow with the number of experts",
+        description="Count a model at several numbers of experts: a published one (--preset), or layers of given "
+        "sizes. Nothing is allocated.",
+        epilog="Exit codes: 0 counted, 2 bad options.",
+    )
+    described = "; ".join(f"{preset.name}: {preset.source}" for preset in PRESETS.values())
+    parser.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME", help=described)
+    parser.add_argument("--hidden-size", type=_positive, help="without --preset: width of a token")
+    parser.add_argument("--intermediate-size", type=_positive, help="without --preset: width of an expert")
+    parser.add_argument("--top-k", type=_positive, help="experts per token (default: the preset's)")
+    parser.add_argument("--layers", type=_positive, help="without --preset: number of MoE layers (default: 1)")
+    parser.add_argument(
+        "--experts",
+        type=_positives,
+        default=(),
+        help="numbers of experts (default: a quarter to four times the preset's)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and activations (default: bf16)")
+    parser.add_argument("--ep-size", type=_positive, default=8, help="ranks that share the experts (default: 8)")
+    parser.add_argument("--tokens", type=_positive, default=4096, help="tokens per rank and call (default: 4096)")
+    parser.add_argument("--json", action="store_true", help="print JSON alone on stdout")
 
 
 def _positive(text: str) -> int:

@@ -1,11 +1,12 @@
-"""Layers of published models, as data: one row per model, in the options of `torch_moe.MoE`."""
+"""Layers to measure, in the options of `torch_moe.MoE`: published ones, whose sizes are in `torch_moe.presets`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch_moe.cli.errors import UsageError
+from torch_moe.presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,17 @@ class LayerShape:
         return {name: getattr(self, name) for name in names}
 
 
+def _of_preset(name: str, preset_name: str) -> LayerShape:
+    """Return the routed part of a published layer: the bench has no shared experts, capacity or jitter."""
+    preset = PRESETS[preset_name]
+    router, experts = preset.moe.router, preset.moe.experts
+    given = {field.name for field in fields(LayerShape)} - {"name", "source", "num_tokens"}
+    options = {key: getattr(experts if hasattr(experts, key) else router, key) for key in given}
+    without = "" if preset.moe.shared_experts is None else " (without its shared expert)"
+    # The order of a weight's dimensions is the bench's, which compares all candidates on the same tensors.
+    return LayerShape(name=name, source=preset.source + without, **options)
+
+
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -111,59 +123,10 @@ SHAPES = {
             num_experts=8,
             top_k=2,
         ),
-        LayerShape(
-            name="mixtral",
-            source="Mixtral 8x7B, arXiv 2401.04088",
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_experts=8,
-            top_k=2,
-        ),
-        LayerShape(
-            name="qwen3-30b-a3b",
-            source="Qwen3-30B-A3B, arXiv 2505.09388",
-            hidden_size=2048,
-            intermediate_size=768,
-            num_experts=128,
-            top_k=8,
-        ),
-        LayerShape(
-            name="deepseek-v3",
-            source="DeepSeek-V3, arXiv 2412.19437 (without its shared expert)",
-            hidden_size=7168,
-            intermediate_size=2048,
-            num_experts=256,
-            top_k=8,
-            score_function="sigmoid",
-            expert_bias=True,
-            num_groups=8,
-            topk_groups=4,
-            routed_scaling_factor=2.5,
-        ),
-        LayerShape(
-            name="gpt-oss",
-            source="gpt-oss-20b, arXiv 2508.10925",
-            hidden_size=2880,
-            intermediate_size=2880,
-            num_experts=32,
-            top_k=4,
-            gate_layout="interleaved",
-            alpha=1.702,
-            limit=7.0,
-            up_offset=1.0,
-            bias=True,
-            score_order="topk_then_score",
-            renormalize=False,
-        ),
-        LayerShape(
-            name="switch",
-            source="Switch-Base-64, arXiv 2101.03961",
-            hidden_size=768,
-            intermediate_size=3072,
-            num_experts=64,
-            top_k=1,
-            activation="relu",
-            renormalize=False,
-        ),
+        _of_preset("mixtral", "mixtral-8x7b"),
+        _of_preset("qwen3-30b-a3b", "qwen3-30b-a3b"),
+        _of_preset("deepseek-v3", "deepseek-v3"),
+        _of_preset("gpt-oss", "gpt-oss-20b"),
+        _of_preset("switch", "switch-base-64"),
     )
 }

@@ -255,5 +255,5 @@ class TopKRouter(nn.Module):
         """Return sizes and options, those that are not the default last."""
         config = self.config
         shown = ("hidden_size", "num_experts", "top_k", "score_function", "score_order", "renormalize")
-        changed = [name for name in asdict(config) if name not in shown and not config._is_default(name)]
+        changed = [name for name in asdict(config) if name not in shown and not config.is_default(name)]
         return ", ".join(f"{name}={getattr(config, name)}" for name in (*shown, *changed))
