@@ -30,7 +30,8 @@ def verdict(percent: float, target: Target | None) -> str:
 def show(display: Display, rows: Sequence[Row]) -> None:
     """Print every row; the last column says whether the target is met."""
     table = []
-    for row in rows:
+    order = list(dict.fromkeys(map(label, rows)))
+    for row in sorted(rows, key=lambda row: order.index(label(row))):  # contenders below each other
         percent, target = row.percent_of_floor, row.target if row.contender == TORCH_MOE else None
         table.append(
             [
@@ -128,8 +129,12 @@ def _markdown_rows(rows: Sequence[Row]) -> str:
         milliseconds = statistics.median(row.quiet.median for row in same) * 1e3
         target = same[0].target
         known = (f"{target.peer:g}", f"{target.must:g}", f"{target.aim:g}") if target else ("", "", "")
-        table.append((name, pass_name, dtype, f"{milliseconds:.3g}", shown, *known))
+        table.append((name, pass_name, dtype, _short(milliseconds), shown, *known))
     return _markdown_table(("case", "pass", "dtype"), ("ms", "% of floor", "before", "must", "aim"), table)
+
+
+def _short(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
 def _markdown_claims(claims: Sequence[Claim]) -> str:

@@ -49,6 +49,7 @@ def test_floor_counts_operations_and_bytes():
     forward = moe_work(shape, counts, 4, backward=False)
     assert forward.flops == 2 * rows * width + 2 * shape.num_tokens * shape.hidden_size * 8
     assert forward.bytes == 2 * width * 4  # two experts have rows
+    assert moe_work(shape, counts, 4, backward=False, given_routing=True) == Work(2 * rows * width, forward.bytes)
     both = moe_work(shape, counts, 4, backward=True)
     assert both.flops == 3 * forward.flops
     assert both.bytes == 2 * forward.bytes + 8 * width * 4  # a gradient is written for all eight
@@ -89,6 +90,14 @@ def test_memory_respects_the_container(tmp_path):
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("5000\n")
     assert machine.available_memory(tmp_path) == 4000
     assert machine.available_memory(tmp_path / "nowhere") == machine.UNKNOWN_MEMORY
+
+
+def test_the_last_level_cache_is_the_largest(tmp_path):
+    for index, size in enumerate(("48K", "2048K", "105M", "broken")):
+        (tmp_path / f"cpu0/cache/index{index}").mkdir(parents=True)
+        (tmp_path / f"cpu0/cache/index{index}/size").write_text(size + "\n")
+    assert machine.last_level_cache_bytes(tmp_path) == 105 << 20
+    assert machine.last_level_cache_bytes(tmp_path / "nowhere") == 0
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,16 +86,18 @@ def test_a_machine_of_ones_own_has_no_noise(monkeypatch):
 
 def test_noise_is_the_share_lost_to_processes_guests_and_clock(monkeypatch):
     def noise(waited=0.0, stolen=0.0, rates=(100.0,) * 3):
-        waits, steals, spins = iter((0.0, waited)), iter((0.0, stolen)), iter(rates)
+        """The estimate for a sample of 50 ms."""
+        waits, steals, spins, clock = iter((0.0, waited)), iter((0.0, stolen)), iter(rates), iter((7.0, 7.05))
         monkeypatch.setattr(quiet, "seconds_waited", lambda: next(waits))
         monkeypatch.setattr(quiet, "seconds_stolen", lambda: next(steals))
-        return Quiet(lambda: next(spins))(lambda: time.sleep(0.05) or 0.05)[1]
+        monkeypatch.setattr(quiet, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        return Quiet(lambda: next(spins))(lambda: 0.05)[1]
 
-    assert noise(waited=0.025) == pytest.approx(0.5, abs=0.1)
-    assert noise(stolen=0.0125) == pytest.approx(0.25, abs=0.1)
+    assert noise(waited=0.025) == pytest.approx(0.5)
+    assert noise(stolen=0.0125) == pytest.approx(0.25)
     assert noise(rates=(100.0, 90.0, 60.0)) == pytest.approx(0.4)  # the slower of both spins
     assert noise(rates=(50.0, 100.0, 100.0)) == 0.0  # the best rate is the machine's
-    assert noise(waited=0.025, rates=(100.0, 50.0, 50.0)) == pytest.approx(0.75, abs=0.1)
+    assert noise(waited=0.025, rates=(100.0, 50.0, 50.0)) == pytest.approx(0.75)
     assert noise(waited=9.0) == 1.0
 
 

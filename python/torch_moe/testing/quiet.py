@@ -7,7 +7,8 @@ A shared machine disturbs in three ways, and each leaves a trace that costs noth
 - others share a core's units, its power or its clock: a few milliseconds of arithmetic right before and after the
   sample run slower than they can.
 
-The noise of a sample is the share of the machine that these three left it without.
+The noise of a sample is the share of the machine that these three left it without. Others that take memory bandwidth
+leave no such trace: readings of the bandwidth between the samples show them.
 """
 
 import os
