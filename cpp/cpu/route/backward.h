@@ -49,9 +49,7 @@ void route_token_backward(const RouteBackwardArgs& args, int64_t token, const Ro
 
   // 3. Through the scores; the row of gradients replaces the logits.
   const Real mean = is_softmax ? dot() : Real{0};
-  if (!all && !is_softmax) {
-    for (int64_t j = 0; j < n; ++j) g[j] *= score_derivative(options.score_function, work.choice[j], w[j]);
-  }
+  if (!is_softmax) through_score(options.score_function, work.choice, w, route_padded(n), g);
   for_vectors<Real>(num_experts,
                     [&](auto load, auto store) { store(z, all ? broadcast(-mean) * load(v) : Vec<Real>{}); });
   for (int64_t j = 0; j < n; ++j) {

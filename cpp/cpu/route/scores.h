@@ -71,12 +71,17 @@ inline void score(ScoreFunction function, const Real* z, int64_t padded, Real* v
   for (int64_t i = 0; i < padded; ++i) v[i] = std::sqrt(v[i]);
 }
 
-// d score / dz of a score that depends on its own logit alone; `v` is the score.
+// grads[0 .. padded) *= d score / dz, of a score that depends on its own logit alone; `v` has the scores.
 template <typename Real>
-inline Real score_derivative(ScoreFunction function, Real z, Real v) {
-  const Real tail = 1 / (1 + std::exp(z));  // sigmoid(-z), which 1 - v would cancel where v is near 1
-  if (function == ScoreFunction::kSigmoid) return v * tail;
-  return v > 0 ? (1 - tail) / (2 * v) : v;  // v = 0: the limit; NaN stays
+inline void through_score(ScoreFunction function, const Real* z, const Real* v, int64_t padded, Real* grads) {
+  const bool is_sigmoid = function == ScoreFunction::kSigmoid;
+  for (int64_t i = 0; i < padded; i += kLanes<Real>) {
+    const Vec<Real> logit = load(z + i), value = load(v + i);
+    // sigmoid(-z) and not 1 - v, which cancels where v is near 1. A root of 0 has the limit 0; NaN stays.
+    const Vec<Real> derivative =
+        is_sigmoid ? value * sigmoid<Real>(-logit) : (value > 0 ? sigmoid<Real>(logit) / (Real(2) * value) : value);
+    store(grads + i, load(grads + i) * derivative);
+  }
 }
 
 // The row widened, and padded with -infinity up to route_padded(n).
