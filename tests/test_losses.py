@@ -82,6 +82,19 @@ def test_hugging_face_mask_leaves_out_padding_of_every_layer():
     near(masked, hf_load_balancing_loss(kept, K).double(), E, 2 * T, E)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_the_function_of_transformers(masked):
+    """Value and gradient, three layers, from that package itself."""
+    module = pytest.importorskip("transformers.models.mixtral.modeling_mixtral", reason="transformers is not installed")
+    layers = tuple(randn(2 * 7, E, seed=seed).requires_grad_() for seed in range(3))
+    mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7]) if masked else None
+    ours = hf_load_balancing_loss(layers, K, attention_mask=mask)
+    theirs = module.load_balancing_loss_func(tuple(z.double() for z in layers), E, K, mask)
+    near(ours, theirs.detach(), E, 3 * 14, E)
+    for mine, other in zip(torch.autograd.grad(ours, layers), torch.autograd.grad(theirs, layers), strict=True):
+        assert_close(mine, other.double(), E, 3 * 14, E, E)
+
+
 def test_gradient_goes_through_the_probabilities_only():
     logits, ids = randn(T, E).requires_grad_(), round_robin(T, E, K).clone()
     ids[:5] = torch.tensor([0, 1])

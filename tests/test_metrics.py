@@ -79,6 +79,13 @@ def test_scores_against_their_definitions(options):
     assert value(stats, "margin") == pytest.approx((best[:, K - 1] - best[:, K]).mean().item(), rel=1e-4)
 
 
+def test_gate_mass_is_of_valid_choices_of_tokens():
+    stats, ids = RoutingStats(3), torch.tensor([[0, 1], [0, -1], [2, 0]])
+    weights = torch.tensor([[0.75, 0.25], [0.5, 8.0], [0.5, 16.0]])
+    stats.observe(Observation(ids, weights), mask=torch.tensor([True, True, False]))
+    assert stats.gate_mass(0).tolist() == [1.25, 0.25, 0]
+
+
 def test_flip_rate_is_that_of_rounded_logits():
     """Logits closer than bf16 can tell: rounding ties them, and the lower id wins."""
     router = TopKRouter(E, E, 1, renormalize=False)

@@ -167,6 +167,9 @@ def test_refused():
             dense, 4, 2, granularity=2, selection="hash", vocab_size=9
         ),
         "weights must sum to a constant: renormalize": lambda: upcycle(dense, 4, 2, renormalize=False),
+        "weights must sum to a constant: renormalize must be True, got False": lambda: upcycle(
+            dense, 4, 2, renormalize=False, score_order="topk_then_score", score_function="sqrtsoftplus"
+        ),
         "num_groups must leave the 2 experts of a copy": lambda: upcycle(dense, 6, 2, granularity=2, num_groups=2),
     }
     for message, call in calls.items():

@@ -41,10 +41,14 @@ def scores(router_logits: Tensor, score_function: str = "softmax") -> Tensor:
 
 def probabilities(router_logits: Tensor, score_function: str = "softmax") -> Tensor:
     """Return the scores divided by their sum over all experts: what one compares between score functions."""
-    values = scores(router_logits, score_function)
+    return normalized(scores(router_logits, score_function), score_function)
+
+
+def normalized(score: Tensor, score_function: str) -> Tensor:
+    """Return what :func:`scores` returned divided by its sum over all experts."""
     if score_function == "softmax":
-        return values
-    return values / values.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+        return score
+    return score / score.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
 
 
 def count_tokens(topk_ids: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:

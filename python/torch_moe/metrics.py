@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_moe import ops, reference
-from torch_moe._routing import count_tokens, flat_mask, is_recomputing, probabilities, scores, sum_over_ranks
+from torch_moe._routing import count_tokens, flat_mask, is_recomputing, normalized, scores, sum_over_ranks
 from torch_moe.nn.layer import MoE
 from torch_moe.nn.router import TopKRouter
 from torch_moe.observe import Observation, Read, RouterObserver, find_routers, read_router, token_mask
@@ -55,7 +55,8 @@ class RoutingStats(RouterObserver):
 
     Every forward adds to sums on the layer's device; :meth:`metrics` turns them into numbers there, and only
     :meth:`summary` copies them to the host. Recomputed activations are counted once; training and evaluation are both
-    counted (``detach`` or ``reset`` between them to tell them apart).
+    counted (``detach`` or ``reset`` between them to tell them apart). A forward costs about twice the router's own:
+    attach for some steps only where that is too much.
 
     - ``tokens_per_expert``: how often each expert was chosen; ``gate_mass``: the weights it got.
     - ``max_vio``: the largest load over the mean load, minus 1, of the whole record; ``micro_max_vio``: the mean of
@@ -194,21 +195,24 @@ class RoutingStats(RouterObserver):
             sums.add_mean("drop_rate", num_slots - kept.sum(), num_slots)
 
         if weights is not None:
-            sums.gate_mass += _per_expert(torch.where(counted, weights, 0), ids, counted, num_experts)
+            sums.gate_mass += _per_expert(weights, ids, counted, num_experts)
         if logits is None:
             return
-        token = torch.ones_like(ids[:, 0], dtype=torch.bool) if mask is None else mask  # [T]
         options = {"score_function": score_function, **(options or {})}
-        probability = probabilities(logits, options["score_function"])
+        score = scores(logits, options["score_function"])  # [T, E], as few passes over it as there can be
+        probability = normalized(score, options["score_function"])
         entropy = torch.special.entr(probability).sum(dim=-1) / max(math.log(num_experts), 1e-300)
-        sums.add_mean("entropy", torch.where(token, entropy, 0).sum(), token.sum())
-        sums.probability_mass += probability.masked_fill(~token.unsqueeze(-1), 0).sum(dim=0, dtype=torch.float64)
+        if mask is not None:
+            probability, entropy = probability.masked_fill(~mask.unsqueeze(-1), 0), entropy.masked_fill(~mask, 0)
+        num_tokens = torch.full_like(num_slots, ids.shape[0]) if mask is None else mask.sum()
+        sums.add_mean("entropy", entropy.sum(), num_tokens)
+        sums.probability_mass += probability.sum(dim=0)
         if observation.route_options is None:
             return
         if ids.shape[-1] < num_experts:
-            margin = _margins(logits, bias, ids, counted, options)
-            finite = token & margin.isfinite()
-            sums.add_mean("margin", torch.where(finite, margin, 0).sum(), finite.sum())
+            candidates = logits if options.get("score_order") == "topk_then_score" else score
+            margin, known = _margins(candidates if bias is None else candidates + bias, ids, counted)
+            sums.add_mean("margin", torch.where(known, margin, 0).sum(), known.sum())
         # The specification stands in for the operator on devices that have none yet.
         route = ops.route if logits.is_cpu else reference.route
         rounded = logits.to(torch.bfloat16).to(logits.dtype)
@@ -359,21 +363,17 @@ class _Sums:
 
 
 def _per_expert(values: Tensor, ids: Tensor, counted: Tensor, num_experts: int) -> Tensor:
-    """Return the sum of ``values`` [T, K] of each expert, [E], fp64, in an order that does not vary."""
-    table = values.new_zeros(ids.shape[0], num_experts + 1)
-    return table.scatter(1, torch.where(counted, ids, num_experts), values)[:, :num_experts].sum(
-        dim=0, dtype=torch.float64
-    )
+    """Return the sum of ``values`` [T, K] of each expert, [E], fp64.
+
+    In integers of 2**-32, which add up to the same sum in any order: the order varies from run to run on a GPU.
+    """
+    integers = (torch.where(counted, values, 0).double() * 2**32).round().long().flatten()
+    bins = torch.where(counted, ids, 0).flatten()
+    return bins.new_zeros(num_experts).scatter_add(0, bins, integers).double() / 2**32
 
 
-def _margins(logits: Tensor, bias: Tensor | None, ids: Tensor, counted: Tensor, options: dict[str, Any]) -> Tensor:
-    """Return the lowest chosen minus the highest other candidate of each token, [T]."""
-    by_logit = options.get("score_order") == "topk_then_score"
-    candidates = logits if by_logit else scores(logits, options["score_function"])
-    if bias is not None:
-        candidates = candidates + bias
-    num_experts = logits.shape[-1]
-    chosen = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.bool, device=ids.device)
-    chosen = chosen.scatter(1, torch.where(counted, ids, num_experts), True)[:, :num_experts]
-    lowest = candidates.masked_fill(~chosen, torch.inf).amin(dim=-1)
-    return lowest - candidates.masked_fill(chosen, -torch.inf).amax(dim=-1)
+def _margins(candidates: Tensor, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lowest chosen minus the highest other candidate of each token, [T], and where both are known."""
+    valid = ids.clamp(0, candidates.shape[-1] - 1)
+    margin = candidates.gather(1, valid).amin(dim=-1) - candidates.scatter(1, valid, -torch.inf).amax(dim=-1)
+    return margin, counted.all(dim=-1) & margin.isfinite()
