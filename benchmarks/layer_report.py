@@ -14,16 +14,27 @@ from torch_moe.cli.display import Display
 
 HEADER = ("case", "contender", "ms", "± %", "noise %", "% of floor", "peer/must/aim", "")
 
+# Of the machine, lost during the median of the samples kept.
+NOISY = 0.25
+
 
 def label(row: Row) -> str:
     """Name a row's case in full."""
     return f"{row.case.name} {row.dtype} {PASSES[row.pass_name]} {row.routing}"
 
 
-def verdict(percent: float, target: Target | None) -> str:
+def is_noisy(row: Row) -> bool:
+    """Whether the machine was not ours while this was measured: it neither meets nor misses a target then."""
+    return statistics.median(row.quiet.noise) > NOISY
+
+
+def verdict(row: Row, target: Target | None) -> str:
     """Return what became of a target."""
+    if is_noisy(row):
+        return "noisy"
     if target is None:
         return ""
+    percent = row.percent_of_floor
     return "MISSED" if percent < target.must else "must" if percent < target.aim else "aim"
 
 
@@ -32,7 +43,7 @@ def show(display: Display, rows: Sequence[Row]) -> None:
     table = []
     order = list(dict.fromkeys(map(label, rows)))
     for row in sorted(rows, key=lambda row: order.index(label(row))):  # contenders below each other
-        percent, target = row.percent_of_floor, row.target if row.contender == TORCH_MOE else None
+        target = row.target if row.contender == TORCH_MOE else None
         table.append(
             [
                 label(row),
@@ -40,9 +51,9 @@ def show(display: Display, rows: Sequence[Row]) -> None:
                 f"{row.quiet.median * 1e3:.2f}",
                 f"{50 * row.quiet.spread:.1f}",
                 f"{100 * statistics.median(row.quiet.noise):.1f}",
-                f"{percent:.1f}",
+                f"{row.percent_of_floor:.1f}",
                 f"{target.peer:g}/{target.must:g}/{target.aim:g}" if target else "",
-                verdict(percent, target),
+                verdict(row, target),
             ]
         )
     display.table("MoE FFN layer, weights and routing given; medians of the quietest samples", HEADER, table)
@@ -118,23 +129,27 @@ def markdown(rows: Sequence[Row], claims: Sequence[Claim]) -> str:
 
 
 def _markdown_rows(rows: Sequence[Row]) -> str:
-    ours: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        if row.contender == TORCH_MOE:
-            ours.setdefault((row.case.name, PASSES[row.pass_name], row.dtype, row.isa), []).append(row)
+    """Percent of the floor, the worst routing first, and what the best peer reached in parentheses."""
+    ours = [row for row in rows if row.contender == TORCH_MOE]
+    dtypes, isas = list(dict.fromkeys(row.dtype for row in ours)), list(dict.fromkeys(row.isa for row in ours))
+    lines: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    for row in ours:
+        lines.setdefault((row.case.name, PASSES[row.pass_name], row.isa), {}).setdefault(row.dtype, []).append(row)
     table = []
-    for (name, pass_name, dtype, _), same in ours.items():
-        percents = sorted(row.percent_of_floor for row in same)
-        shown = " to ".join(dict.fromkeys(f"{percent:.0f}" for percent in (percents[0], percents[-1])))
-        milliseconds = statistics.median(row.quiet.median for row in same) * 1e3
-        target = same[0].target
-        known = (f"{target.peer:g}", f"{target.must:g}", f"{target.aim:g}") if target else ("", "", "")
-        table.append((name, pass_name, dtype, _short(milliseconds), shown, *known))
-    return _markdown_table(("case", "pass", "dtype"), ("ms", "% of floor", "before", "must", "aim"), table)
+    for (name, pass_name, isa), by_dtype in lines.items():
+        words = (f"{name} {isa}" if len(isas) > 1 else name, pass_name)
+        table.append((*words, *(_cell(by_dtype.get(dtype, [])) for dtype in dtypes)))
+    return _markdown_table(("case", "pass"), dtypes, table)
 
 
-def _short(milliseconds: float) -> str:
-    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+def _cell(same: Sequence[Row]) -> str:
+    if not same:
+        return ""
+    percents = sorted(row.percent_of_floor for row in same)
+    shown = " to ".join(dict.fromkeys(f"{percent:.0f}" for percent in (percents[0], percents[-1])))
+    if any(is_noisy(row) for row in same):
+        shown += " noisy"
+    return f"{shown} ({same[0].target.peer:g})" if same[0].target else shown
 
 
 def _markdown_claims(claims: Sequence[Claim]) -> str:

@@ -7,6 +7,7 @@ import bench_layer
 import layer_cases
 import layer_claims
 import layer_machine
+import layer_report
 import layer_runs
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_contenders_and_instruction_sets(tmp_path, capsys):
         assert all("ratio_to_k_dense" in line for line in here)
     assert _C.isa() == isas[0]
     printed = capsys.readouterr().out
-    assert "| switch-t512 | forward+backward | fp32 |" in printed
+    assert f"| switch-t512 {isas[0]} | forward+backward |" in printed.replace(" noisy", "")
 
 
 def test_transformers_experts_are_contenders(tmp_path, capsys):
@@ -127,10 +128,30 @@ def test_a_layer_too_large_is_left_out_and_said(tmp_path, monkeypatch, capsys):
 
 def test_percent_of_floor_takes_the_quiet_samples():
     timing = Timing((1.0, 9.0, 1.0, 9.0, 1.0), (0.0, 0.9, 0.0, 0.9, 0.0))
+    assert row_of(timing).percent_of_floor == 50.0
+    assert row_of(timing).target == CASES["seed-t1"].targets["fp32", "forward"]
+
+
+def row_of(timing, routing="zipf"):
+    """A row whose floor is half a second."""
     limits, work = Machine(gflops=10.0, read_gbytes=10.0), Work(5e9, 1e9)
-    row = layer_runs.Row(CASES["seed-t1"], "fp32", "forward", "zipf", "torch_moe", "", timing, work, (1,), limits)
-    assert row.percent_of_floor == 50.0
-    assert row.target == CASES["seed-t1"].targets["fp32", "forward"]
+    return layer_runs.Row(CASES["seed-t1"], "fp32", "forward", routing, "torch_moe", "", timing, work, (1,), limits)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "noise", "verdict"),
+    [(0.52, 0.0, "aim"), (0.58, 0.0, "must"), (0.7, 0.0, "MISSED"), (0.7, 0.9, "noisy"), (0.52, 0.9, "noisy")],
+)
+def test_targets_are_met_or_missed_on_a_machine_of_ones_own(seconds, noise, verdict):
+    row = row_of(Timing((seconds,), (noise,)))
+    assert layer_report.verdict(row, row.target) == verdict
+
+
+def test_markdown_gives_the_worst_routing_first_and_the_peer():
+    rows = [row_of(Timing((seconds,), (0.0,)), name) for name, seconds in (("uniform", 0.625), ("zipf", 1.0))]
+    header, _, line = layer_report.markdown(rows, []).splitlines()
+    assert header == "| case | pass | fp32 |"
+    assert line == "| seed-t1 | forward | 50 to 80 (74) |"
 
 
 def test_the_floor_is_that_of_the_best_instruction_set(monkeypatch):

@@ -2,9 +2,11 @@
 
 import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from torch_moe.testing import timing as timing_module
 from torch_moe.testing.timing import Timing, interleave, noise
 
 
@@ -18,9 +20,17 @@ def test_rounds_interleave_and_rotate():
     assert [len(timing.samples) for timing in timings.values()] == [3, 3, 3]
 
 
-def test_short_calls_are_repeated_and_divided():
-    timings = interleave({"short": lambda: time.sleep(0.0005)}, rounds=2, min_sample=0.005)
-    assert 0.0005 <= timings["short"].median < 0.004
+def test_short_calls_are_repeated_and_divided(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(timing_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def call():
+        clock[0] += 0.0005
+        calls.append(clock[0])
+
+    timings = interleave({"short": call}, rounds=2, min_sample=0.005)
+    assert len(calls) == 2 + 2 * 10
+    assert timings["short"].samples == pytest.approx((0.0005, 0.0005))
 
 
 @pytest.mark.parametrize(("budget", "rounds"), [(0.001, 3), (0.1, 10), (1000.0, 25)])
