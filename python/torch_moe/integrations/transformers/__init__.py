@@ -19,12 +19,14 @@ from torch_moe.integrations.transformers.fp8 import fp8_experts_forward
 from torch_moe.integrations.transformers.registry import NAME, disable, enable, is_enabled
 from torch_moe.integrations.transformers.report import explain, prepare
 from torch_moe.integrations.transformers.swap import swap, unswap
+from torch_moe.integrations.transformers.weights import convert_checkpoint, stack_experts, unstack_experts
 
 __all__ = [
     "NAME",
     "ModelBalancer",
     "attach_balancer",
     "attach_stats",
+    "convert_checkpoint",
     "disable",
     "enable",
     "experts_forward",
@@ -32,6 +34,8 @@ __all__ = [
     "fp8_experts_forward",
     "is_enabled",
     "prepare",
+    "stack_experts",
     "swap",
+    "unstack_experts",
     "unswap",
 ]
