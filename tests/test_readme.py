@@ -44,6 +44,21 @@ def test_router_example_runs(capsys):
     assert names["again"].shape == (16, 64)
 
 
+def test_transformers_example_runs(capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed (pip install 'torch-moe[transformers]')")
+    code = re.search(r"```python\n(.*?)```", between("transformers"), re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    names = {"__name__": "readme"}
+    try:
+        exec(compile(code, "README.md", "exec"), names)
+    finally:
+        if "engine" in names:
+            names["engine"].disable()
+    printed = capsys.readouterr().out
+    assert "2 x model.layers.*.mlp.experts (DeepseekV3Experts): torch_moe, one fused operator: swiglu" in printed
+    assert any(layer.bias.any() for layer in names["balancer"].layers)
+
+
 def test_named_places_exist():
     named = re.findall(r"^([\w/.]+/)", between("tree"), re.MULTILINE)
     named += re.findall(r"`((?:python|tests|cpp)/[\w/.]+)`", README + (ROOT / "CONTRIBUTING.md").read_text())

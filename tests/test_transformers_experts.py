@@ -173,3 +173,44 @@ def test_compile_once_for_all_lengths(kind):
         expected = run_experts(module, *make_inputs(length), "torch_moe")
         for name, value in expected.items():
             torch.testing.assert_close(actual[f"_orig_mod.{name}" if "proj" in name else name], value)
+
+
+def shard(module, **tensors):
+    """Return what a rank has: the module with local tensors in place of its parameters."""
+    local = copy.copy(module)
+    local._parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in tensors.items()}
+    return local
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_expert_parallel_shards_add_up(transposed):
+    """As transformers' ep_router hands over: local ids from 0, others one past the last, with a weight of zero."""
+    module, (hidden, ids, weights) = make_experts(has_bias=True, is_transposed=transposed), make_inputs()
+    expected, parts = run_experts(module, hidden, ids, weights, "torch_moe"), []
+    for rank in (0, 1):
+        mine = ids // 2 == rank
+        local = shard(module, **{name: p[2 * rank : 2 * rank + 2] for name, p in module.named_parameters()})
+        local._is_expert_parallel, local.num_experts = True, 2
+        inputs = hidden, torch.where(mine, ids % 2, 2), weights * mine
+        parts.append(run_experts(local, *inputs, "torch_moe"))
+        assert not parts[-1]["top_k_weights"][~mine].any()
+    for name in ("output", "hidden_states", "top_k_weights"):
+        torch.testing.assert_close(parts[0][name] + parts[1][name], expected[name])
+    for name, _ in module.named_parameters():
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), expected[name])
+
+
+def test_tensor_parallel_shards_add_up():
+    """Each rank has a stretch of the gate rows, then the same of the up rows; the attributes still tell the whole."""
+    module, inputs = make_experts(), make_inputs()
+    module.intermediate_dim = module.down_proj.shape[2]
+    expected, parts = run_experts(module, *inputs, "torch_moe"), []
+    for rank in (0, 1):
+        gate, up = (half.chunk(2, dim=1)[rank] for half in module.gate_up_proj.chunk(2, dim=1))
+        local = shard(
+            module, gate_up_proj=torch.cat([gate, up], dim=1), down_proj=module.down_proj.chunk(2, dim=2)[rank]
+        )
+        parts.append(run_experts(local, *inputs, "torch_moe"))
+    for name in ("output", "hidden_states", "top_k_weights"):
+        torch.testing.assert_close(parts[0][name] + parts[1][name], expected[name])
+    torch.testing.assert_close(torch.cat([part["down_proj"] for part in parts], dim=2), expected["down_proj"])

@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 from torch_moe import _C
 
 
-def explain(rows_per_expert: Iterable[int] = (1, 8, 64, 512), weight_layout: str = "out_in") -> str:
+def explain(
+    rows_per_expert: Iterable[int] = (1, 8, 64, 512), weight_layout: str = "out_in", *, model: nn.Module | None = None
+) -> str:
     """Tell how this build computes on this machine.
 
     Parameters
@@ -17,6 +20,8 @@ def explain(rows_per_expert: Iterable[int] = (1, 8, 64, 512), weight_layout: str
         Rows an expert might get, ``Plan.tokens_per_expert``: the GEMM kernel depends on them.
     weight_layout : {"out_in", "in_out"}, default="out_in"
         How the weights are stored.
+    model : Module, default=None
+        A model of transformers: also tell which of its experts run on torch-moe, fused or not, and why.
 
     Returns
     -------
@@ -35,4 +40,8 @@ def explain(rows_per_expert: Iterable[int] = (1, 8, 64, 512), weight_layout: str
     if forced not in _C.available_isas():
         lines.append(f"MOE_ISA={forced} was ignored: this build or this processor has no such instruction set")
     lines += [f"grouped_gemm, {m} rows, {weight_layout}: {_C.kernel(m, weight_layout)}" for m in rows_per_expert]
+    if model is not None:
+        from torch_moe.integrations import transformers as engine  # an integration is imported by those who use it
+
+        lines.append(engine.explain(model))
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import torch
 
 import torch_moe
 from torch_moe import _C
-from torch_moe.cli import machine, plot, report
+from torch_moe.cli import host, machine, plot, report
 from torch_moe.cli.display import Display
 from torch_moe.cli.errors import UsageError
 from torch_moe.cli.floor import spin
@@ -36,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
     shape, scaled = _shapes(options)
     if options.plot is not None and options.plot.suffix.lower() != ".png":
         raise UsageError(f"--plot draws a PNG: name a file that ends in .png, got {str(options.plot)!r}")
+    if options.transformers and (options.plot is not None or scaled or options.routing != "text"):
+        raise UsageError("--transformers times a whole model: it goes with neither --plot nor --routing nor a table")
     display = Display(json_only=options.json)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -48,6 +50,12 @@ def run(options: argparse.Namespace) -> int:
         f"torch-moe {torch_moe.__version__}, torch {torch.__version__}, {environment['cpu']}, "
         f"{environment['threads']} threads, ISA {environment['isa']}"
     )
+    if options.transformers:
+        hosts = []
+        for dtype in options.dtype:
+            hosts.append(host.measure(display, options, shape, dtype, quiet))
+            host.show(display, hosts[-1])
+        return _write(display, options, host.records(hosts, environment))
     results: list[LayerResult] = []
     for dtype in options.dtype:
         results.append(measure_layer(display, options, shape, dtype, quiet))
@@ -57,15 +65,19 @@ def run(options: argparse.Namespace) -> int:
     if scaling:
         report.show_scaling(display, scaling)
 
-    lines = records(results + scaling, environment)
-    if options.output is not None:
-        report.append_jsonl(options.output, lines)
-        display.note(f"appended {len(lines)} lines to {options.output}")
     if options.plot is not None:
         reason = plot.why_not_plot()
         if reason is None:
             plot.draw(options.plot, results, scaling)
         display.note(reason or f"drew {options.plot}")
+    return _write(display, options, records(results + scaling, environment))
+
+
+def _write(display: Display, options: argparse.Namespace, lines: list[dict[str, Any]]) -> int:
+    """Write the records where the options want them."""
+    if options.output is not None:
+        report.append_jsonl(options.output, lines)
+        display.note(f"appended {len(lines)} lines to {options.output}")
     if options.json:
         print(json.dumps(lines, indent=1))
     return 0

@@ -47,6 +47,12 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         default=True,
         help="also time forward+backward (default: yes)",
     )
+    parser.add_argument(
+        "--transformers",
+        action="store_true",
+        help="time a Mixtral of two such layers in Hugging Face transformers, on torch-moe and on its own "
+        "implementations, instead of a lone layer",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, text and routing (default: 0)")
     parser.add_argument("--rounds", type=_positive, help="samples per candidate (default: as --budget allows, 3 to 25)")
     parser.add_argument(
