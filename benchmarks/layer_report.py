@@ -7,6 +7,7 @@ from typing import Any
 
 from layer_cases import PASSES, Target
 from layer_claims import Claim
+from layer_machine import NOISY
 from layer_runs import Row
 
 from torch_moe.cli.candidates import K_DENSE, TORCH_MOE
@@ -14,23 +15,15 @@ from torch_moe.cli.display import Display
 
 HEADER = ("case", "contender", "ms", "± %", "noise %", "% of floor", "peer/must/aim", "")
 
-# Of the machine, lost during the median of the samples kept.
-NOISY = 0.25
-
 
 def label(row: Row) -> str:
     """Name a row's case in full."""
     return f"{row.case.name} {row.dtype} {PASSES[row.pass_name]} {row.routing}"
 
 
-def is_noisy(row: Row) -> bool:
-    """Whether the machine was not ours while this was measured: it neither meets nor misses a target then."""
-    return statistics.median(row.quiet.noise) > NOISY
-
-
 def verdict(row: Row, target: Target | None) -> str:
     """Return what became of a target."""
-    if is_noisy(row):
+    if row.noise > NOISY:
         return "noisy"
     if target is None:
         return ""
@@ -50,7 +43,7 @@ def show(display: Display, rows: Sequence[Row]) -> None:
                 f"{row.contender} {row.isa}".strip(),
                 f"{row.quiet.median * 1e3:.2f}",
                 f"{50 * row.quiet.spread:.1f}",
-                f"{100 * statistics.median(row.quiet.noise):.1f}",
+                f"{100 * row.noise:.1f}",
                 f"{row.percent_of_floor:.1f}",
                 f"{target.peer:g}/{target.must:g}/{target.aim:g}" if target else "",
                 verdict(row, target),
@@ -98,7 +91,7 @@ def records(rows: Sequence[Row], claims: Sequence[Claim], environment: dict[str,
             "spread": round(timing.spread, 4),
             "rounds": len(row.timing.samples),
             "rounds_kept": len(timing.samples),
-            "noise_kept": round(statistics.median(timing.noise), 4),
+            "noise_kept": round(row.noise, 4),
             "noise_all": round(statistics.median(row.timing.noise), 4),
             "gflops": round(row.work.flops / timing.median / 1e9, 2),
             "floor_gflops": round(row.machine.gflops, 1),
@@ -147,7 +140,7 @@ def _cell(same: Sequence[Row]) -> str:
         return ""
     percents = sorted(row.percent_of_floor for row in same)
     shown = " to ".join(dict.fromkeys(f"{percent:.0f}" for percent in (percents[0], percents[-1])))
-    if any(is_noisy(row) for row in same):
+    if any(row.noise > NOISY for row in same):
         shown += " noisy"
     return f"{shown} ({same[0].target.peer:g})" if same[0].target else shown
 

@@ -1,5 +1,6 @@
 """Measure cases: passes, routings, instruction sets and contenders of one layer interleaved, between floor readings."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,10 @@ class Row:
     @property
     def quiet(self) -> Timing:
         return self.timing.quietest()
+
+    @property
+    def noise(self) -> float:
+        return statistics.median(self.quiet.noise)
 
     @property
     def percent_of_floor(self) -> float:
@@ -126,7 +131,7 @@ def _contenders(
         ]
         for candidate in candidates
     }
-    _verify(problem, candidates, measured, isas)
+    _verify(bench, problem, candidates, measured, isas)
     found = []
     for candidate in candidates:
         for name in measured[candidate.name]:
@@ -140,7 +145,11 @@ def _contenders(
 
 
 def _verify(
-    problem: Problem, candidates: Sequence[Candidate], measured: dict[str, list[str]], isas: Sequence[str]
+    bench: Bench,
+    problem: Problem,
+    candidates: Sequence[Candidate],
+    measured: dict[str, list[str]],
+    isas: Sequence[str],
 ) -> None:
     """Verify ours by each instruction set, the others once; gradients where they are measured."""
     tokens = max(2, min(32, VERIFIED_PARAMETERS // problem.shape.params_per_expert))
@@ -151,6 +160,7 @@ def _verify(
             if same:
                 with using_isa(isa):
                     verify(problem, same, backward=backward, sample_size=tokens)
+    bench.note_once(f"verified: {problem.shape.name}, each contender on up to {tokens} tokens of each case")
 
 
 def _with_isa(isa: str, call: Callable[[], object]) -> Callable[[], object]:

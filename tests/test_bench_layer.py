@@ -225,6 +225,7 @@ def test_claims_are_ratios_of_their_medians(monkeypatch, narrow):
     rest = [("experts-8-to-256", 32.0), ("experts-2048", 0.375)]
     assert values == [*stages, *rest, ("route-plan-linear", 2.5), ("route-plan-linear", 3.0)]
     assert all(claim.verdict == "MISSED" for claim in claims)
+    assert all(replace(claim, noise=0.5).verdict == "noisy" for claim in claims)
 
 
 def test_a_claim_too_large_is_left_out_and_said(monkeypatch, capsys):
