@@ -38,9 +38,19 @@ def check(module, *inputs):
     [
         {},
         {"score_function": "sigmoid", "expert_bias": True, "num_shared_experts": 1, "bias": True, "recompute": True},
+        {"capacity_factor": 1.0, "drop_policy": "probability", "selection": "sinkhorn"},
+        {
+            "num_zero_experts": 2,
+            "weight_position": "input",
+            "score_function": "sqrtsoftplus",
+            "input_norm": True,
+            "per_expert_scale": True,
+            "projection_bias": True,
+            "logit_softcap": 5.0,
+        },
         {"capacity_factor": 1.25, "activation": "gelu", "weight_layout": "in_out", "check_finite": True},
     ],
-    ids=["plain", "deepseek", "capacity"],
+    ids=["plain", "deepseek", "sinkhorn", "identity", "capacity"],
 )
 def test_layer(options, device):
     torch.manual_seed(0)
