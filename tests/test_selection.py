@@ -323,6 +323,17 @@ def test_gshard_keeps_the_second_expert_at_random(device):
     assert int(moe.eval()(x, return_routing=True)[1].tokens_per_expert.sum()) == 2 * T
 
 
+def test_gshard_serves_first_choices_first(device):
+    """Where an expert turns a first choice away, it has taken no second choice."""
+    r = router(device, selection="top2_gshard", capacity_factor=0.5)
+    routed = r(randn(T, H, device=device) + randn(1, H, device=device, seed=1))
+    kept = r.plan(routed, T).slot_to_row >= 0
+    turned_away = set(routed.topk_ids[:, 0][~kept[:, 0]].tolist())
+    assert turned_away
+    assert not turned_away & set(routed.topk_ids[:, 1][kept[:, 1]].tolist())
+    assert kept[:, 1].any()
+
+
 def test_idle_expert_of_nan_is_harmless(device):
     """Computed rows are T * K: an expert that no token chose may hold anything, and its gradient is exactly zero."""
     moe = layer(device)
