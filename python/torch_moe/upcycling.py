@@ -83,10 +83,8 @@ def upcycle(
         _require(
             options.get(name, plain) == plain, f"{name} would change the dense output: leave it", options.get(name)
         )
-    softmax_last = options.get("score_order") == "topk_then_score" and options.get("score_function") in (
-        None,
-        "softmax",
-    )
+    softmax = options.get("score_function", "softmax") == "softmax"
+    softmax_last = softmax and options.get("score_order") == "topk_then_score"
     renormalize = options.get("renormalize", True)
     _require(renormalize or softmax_last, "weights must sum to a constant: renormalize must be True", renormalize)
     by_score = options.get("selection", "topk") == "topk" and not options.get("force_balanced")
