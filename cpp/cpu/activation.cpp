@@ -59,7 +59,7 @@ bool backward(const ActivationBackwardArgs& args, const ThreadPool& pool) {
     Real *gate = at, *up = at + kPiece, *grad = at + 2 * kPiece, *spare = at + 3 * kPiece;
     Real *grad_gate = at + 5 * kPiece, *grad_up = at + 6 * kPiece;
     layout.read(static_cast<const Storage*>(args.pre_activation) + r * width, begin, count, gate, up, spare);
-    table.widen_row(static_cast<const Storage*>(args.grad_output) + r * args.intermediate_size + begin, count, grad, 0);
+    table.widen_row(static_cast<const Storage*>(args.grad_output) + r * args.intermediate_size + begin, count, grad);
     table.activate_backward(args.options, grad, gate, up, count, grad_gate, grad_up);
     Storage* out = static_cast<Storage*>(args.grad_pre_activation) + r * width;
     layout.write(grad_gate, grad_up, begin, count, out, spare);

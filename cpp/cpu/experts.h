@@ -40,11 +40,11 @@ class GateLayoutView {
 
   void read(const Storage* row, int64_t begin, int64_t count, Real* gate, Real* up, Real* spare) const {
     if (interleaved_) {
-      kernels_.widen_row(row + 2 * begin, 2 * count, spare, 0);
+      kernels_.widen_row(row + 2 * begin, 2 * count, spare);
       return deinterleave(spare, count, gate, up);
     }
-    kernels_.widen_row(row + begin, count, gate, 0);
-    if (gated_) kernels_.widen_row(row + size_ + begin, count, up, 0);
+    kernels_.widen_row(row + begin, count, gate);
+    if (gated_) kernels_.widen_row(row + size_ + begin, count, up);
   }
 
   void write(const Real* gate, const Real* up, int64_t begin, int64_t count, Storage* row, Real* spare) const {

@@ -113,9 +113,9 @@ bool reduce_weight_parts(const Experts<Storage>& experts, const Wide<Storage>* p
 
     void run(int64_t expert) {
       if (bias == nullptr) return;
-      experts.table.widen_row(bias + expert * experts.hidden, experts.hidden, bias_row, 0);
+      experts.table.widen_row(bias + expert * experts.hidden, experts.hidden, bias_row);
       for (int64_t r = experts.offsets[expert]; r < experts.offsets[expert + 1]; ++r) {
-        experts.table.widen_row(grad_rows[r], experts.hidden, grad, 0);
+        experts.table.widen_row(grad_rows[r], experts.hidden, grad);
         sums[r] += experts.table.dot_row(grad, bias_row, experts.hidden);
       }
     }

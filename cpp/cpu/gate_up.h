@@ -52,8 +52,7 @@ class GateUpWorker {
   void add_bias(const RowBlock& rows, const Columns& columns, int run) {
     if (experts_.layer.gate_up_bias == nullptr) return;
     const Storage* bias = static_cast<const Storage*>(experts_.layer.gate_up_bias);
-    experts_.table.widen_row(bias + rows.expert * experts_.pre_activation + columns.begin[run], columns.count, bias_,
-                             0);
+    experts_.table.widen_row(bias + rows.expert * experts_.pre_activation + columns.begin[run], columns.count, bias_);
     for (int64_t i = 0; i < rows.rows; ++i) {
       experts_.table.axpy(Real(1), bias_, columns.count, c_ + i * kWidth + columns.offset(run));
     }

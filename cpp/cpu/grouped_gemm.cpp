@@ -57,7 +57,7 @@ class Worker {
     const Storage* weight = static_cast<const Storage*>(args_.weight) + rows.expert * args_.n * args_.k;
     gemm_.multiply({weight, args_.n, args_.k, args_.weight_layout}, columns, c_, kColumnsPerUnit);
     if (args_.bias != nullptr) {
-      kernels_.widen_row(static_cast<const Storage*>(args_.bias) + rows.expert * args_.n + begin, count, bias_, 0);
+      kernels_.widen_row(static_cast<const Storage*>(args_.bias) + rows.expert * args_.n + begin, count, bias_);
     }
     for (int64_t i = 0; i < rows.rows; ++i) {
       Real* row = c_ + i * kColumnsPerUnit;

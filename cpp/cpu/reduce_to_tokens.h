@@ -85,7 +85,7 @@ class TokenReducer {
     gemm_.load_rows(args_.rows + first, rows, args_.k, choose_gemm(weight.layout, rows));
     gemm_.multiply(weight, Columns{{begin, 0}, count, 1}, c_, columns_);
     if (args_.bias != nullptr) {
-      experts_.table.widen_row(args_.bias + expert * experts_.hidden + begin, count, bias_, 0);
+      experts_.table.widen_row(args_.bias + expert * experts_.hidden + begin, count, bias_);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t token = experts_.token_of_row[first + i];

@@ -26,7 +26,7 @@ struct BgradWorker {
   void run(int64_t expert) {
     std::fill_n(sum, args.n, Real(0));
     for (int64_t r = args.expert_offsets[expert]; r < args.expert_offsets[expert + 1]; ++r) {
-      kernels.widen_row(args.rows[r], args.n, row, 0);
+      kernels.widen_row(args.rows[r], args.n, row);
       kernels.axpy(args.row_weights ? args.row_weights[r] : Real(1), row, args.n, sum);
     }
     kernels.narrow_row(sum, args.n, args.output + expert * args.n);

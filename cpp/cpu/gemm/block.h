@@ -22,7 +22,7 @@ namespace moe {
 enum class GemmKernel : int8_t { kDot, kTokensInLanes, kColumnsInLanes };
 
 // The most rows that dot products serve better than packed panels; benchmarks/bench_grouped_gemm.py shows both sides.
-inline constexpr int64_t kMaxDotProductRows = 28;
+inline constexpr int64_t kMaxDotProductRows = 24;
 
 inline GemmKernel choose_gemm(WeightLayout layout, int64_t rows) {
   if (layout == WeightLayout::kInOut) return GemmKernel::kColumnsInLanes;
@@ -57,13 +57,10 @@ class BlockGemm {
  public:
   using Real = Wide<Storage>;
 
-  // Rows per block: as many as leave room for the other operand in the second-level cache, a block of k at a time.
+  // Rows per block: as many as the packed rows of kPackedBytes.
   static int64_t max_rows(const Kernels<Storage>& kernels, int64_t k) {
-    const auto rows_in = [](int64_t bytes, int64_t width) {
-      return bytes / (std::max<int64_t>(width, 1) * static_cast<int64_t>(sizeof(Real)));
-    };
     const int64_t panel = kernels.panel();
-    const int64_t fit = std::min(rows_in(kCachedBytes, std::min(k, kTokensBlock)), rows_in(kPackedBytes, k));
+    const int64_t fit = kPackedBytes / (std::max<int64_t>(k, 1) * static_cast<int64_t>(sizeof(Real)));
     return std::clamp(fit / panel * panel, panel, 4 * panel);
   }
 
@@ -71,8 +68,8 @@ class BlockGemm {
   static size_t scratch_bytes(const Kernels<Storage>& kernels, int64_t rows, int64_t k, int64_t columns) {
     const int64_t panel = kernels.panel(), padded_rows = ceil_div(rows, panel) * panel;
     return Arena::size_of_block<Real>(packed_size(kernels, padded_rows, k)) +
-           Arena::size_of_block<Real>(staged_size(kernels)) + Arena::size_of_block<Real>(padded_rows * columns) +
-           Arena::size_of_block<const Real*>(rows);
+           Arena::size_of_block<Real>(staged_size(kernels)) + Arena::size_of_block<Real>(sums_size(kernels)) +
+           Arena::size_of_block<Real>(padded_rows * columns) + Arena::size_of_block<const Real*>(rows);
   }
 
   BlockGemm(const Kernels<Storage>& kernels, Arena& arena, int64_t rows, int64_t k, int64_t columns)
@@ -80,6 +77,7 @@ class BlockGemm {
     const int64_t panel = kernels.panel(), padded_rows = ceil_div(rows, panel) * panel;
     packed_ = arena.take<Real>(packed_size(kernels, padded_rows, k));
     staged_ = arena.take<Real>(staged_size(kernels));
+    sums_ = arena.take<Real>(sums_size(kernels));
     transposed_ = arena.take<Real>(padded_rows * columns);
     real_rows_ = arena.take<const Real*>(rows);
   }
@@ -103,7 +101,7 @@ class BlockGemm {
       if constexpr (std::is_same_v<Storage, Real>) {
         real_rows_[i] = rows[i];
       } else {
-        kernels_.widen_row(rows[i], k, packed_ + i * k, 0);
+        kernels_.widen_row(rows[i], k, packed_ + i * k);
         real_rows_[i] = packed_ + i * k;
       }
     }
@@ -132,58 +130,78 @@ class BlockGemm {
   }
 
  private:
-  static constexpr int64_t kCachedBytes = 512 << 10, kPackedBytes = 4 << 20;
-  static constexpr int64_t kDotBlock = 1024, kTokensBlock = 512, kColumnsBlock = 256;
-  static constexpr int64_t kStagedRow = std::max(kDotBlock, kTokensBlock);  // contracted elements at a time
+  static constexpr int64_t kPackedBytes = 4 << 20;
+  static constexpr int64_t kCachedBytes = 512 << 10;  // of packed rows at a time: they stay in the second-level cache
+  // Contracted elements at a time. Of dot products: so many that a block of all rows stays in the first-level cache,
+  // beside a few rows of the weight. Of rows of the weight that are widened first: the same, for one tile's rows.
+  static constexpr int64_t kDepth = 512, kColumnsDepth = 256;
 
   static int64_t packed_size(const Kernels<Storage>& kernels, int64_t padded_rows, int64_t k) {
-    return padded_rows * k + kMaxDotProductRows * ceil_div(k, kDotBlock) * (kDotBlock + kernels.lanes);
+    const int64_t dot_rows = std::min(padded_rows, kMaxDotProductRows);
+    return std::max(padded_rows * k, dot_rows * (k + ceil_div(k, kDepth) * (kernels.dot_step + kernels.lanes)));
   }
   static int64_t staged_size(const Kernels<Storage>& kernels) {
-    return std::max<int64_t>(kMaxTileRows * (kStagedRow + kernels.lanes), kColumnsBlock * kernels.panel());
+    return std::max<int64_t>(kMaxTileRows * (kDepth + kernels.lanes), kColumnsDepth * kernels.panel());
+  }
+  static int64_t sums_size(const Kernels<Storage>& kernels) {
+    return kMaxDotProductRows * kMaxTileRows * kernels.lanes;
   }
 
-  // Contracted elements at a time. Few rows: all, since the weight then comes from memory once. Else so many that a
-  // block of all rows stays in the first-level cache.
-  int64_t dot_block() const { return m_ <= kMaxDotRows ? k_ : kDotBlock; }
-  // NOTE: a row is one cache line longer than its block: at a power of two, all rows would fall into the same cache
+  // Few rows: all of k, since they are one tile anyway.
+  int64_t dot_depth() const { return m_ <= kMaxDotRows ? k_ : std::min(k_, kDepth); }
+  // NOTE: a row is one cache line longer than it need be: at a power of two, all rows would fall into the same cache
   // sets.
-  int64_t dot_row_size() const { return std::min(k_, dot_block()) + kernels_.lanes; }
+  int64_t dot_row_size() const { return ceil_div(dot_depth(), kernels_.dot_step) * kernels_.dot_step + kernels_.lanes; }
 
   // packed_: [blocks of k][m][dot_row_size]
   void pack_dot_rows(const Storage* const* rows) {
     Real* out = packed_;
-    for (int64_t k0 = 0; k0 < k_; k0 += dot_block()) {
-      const int64_t depth = std::min(dot_block(), k_ - k0);
-      for (int64_t i = 0; i < m_; ++i, out += dot_row_size()) kernels_.widen_row(rows[i] + k0, depth, out, 0);
+    for (int64_t k0 = 0; k0 < k_; k0 += dot_depth()) {
+      const int64_t depth = std::min(dot_depth(), k_ - k0);
+      for (int64_t i = 0; i < m_; ++i, out += dot_row_size()) kernels_.arrange_for_dot(rows[i] + k0, depth, out);
     }
   }
 
+  // A few columns at a time, each to the end of its row of the weight.
   void multiply_dot(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
-    // Whole tiles and a rest, not even tiles: a tile of fewer rows has more columns than the others can share.
-    const int64_t tiles = ceil_div(m_, kMaxDotRows);
     const int64_t step = kernels_.dot_columns[std::min(m_, kMaxDotRows) - 1];
-    const int64_t block = dot_block();
+    for (int64_t j = 0; j < count; j += step) {
+      const Storage* rows = weight.data + (begin + j) * weight.k;
+      m_ <= kMaxDotRows ? dot_tile(rows, std::min(step, count - j), step, c + j, ldc)
+                        : dot_tiles(rows, std::min(step, count - j), c + j, ldc);
+    }
+  }
+
+  // While memory is what there is to wait for, a row of the weight is fetched a little ahead, and at its end the row
+  // that the next tile reads there.
+  void dot_tile(const Storage* weight, int64_t columns, int64_t step, Real* c, int64_t ldc) {
+    constexpr int64_t kAhead = 512 / sizeof(Storage);
+    const int64_t tail = std::max<int64_t>(k_ - kAhead, 0) / kernels_.dot_step * kernels_.dot_step;
     const Storage* w[kMaxTileRows];
-    const Real *a[kMaxDotRows], *staged[kMaxTileRows];
+    const Real* a[kMaxDotRows];
+    const auto run = [&](int64_t begin, int64_t end, int64_t ahead) {
+      for (int64_t x = 0; x < columns; ++x) w[x] = weight + x * k_ + begin;
+      for (int64_t i = 0; i < m_; ++i) a[i] = packed_ + i * dot_row_size() + begin;
+      kernels_.dot(static_cast<int>(m_), static_cast<int>(columns), a, w, end - begin, sums_, {begin == 0, end == k_},
+                   c, ldc, ahead);
+    };
+    if (tail > 0) run(0, tail, kAhead);
+    run(tail, k_, kAhead + (step - 1) * k_);
+  }
+
+  void dot_tiles(const Storage* weight, int64_t columns, Real* c, int64_t ldc) {
+    const Storage* w[kMaxTileRows];
+    const Real* a[kMaxDotRows];
     const Real* packed = packed_;
-    for (int64_t k0 = 0; k0 < k_; k0 += block, packed += m_ * dot_row_size()) {
-      const int64_t depth = std::min(block, k_ - k0);
-      for (int64_t j = 0; j < count; j += step) {
-        const int64_t columns = std::min(step, count - j);
-        for (int64_t x = 0; x < columns; ++x) w[x] = weight.data + (begin + j + x) * weight.k + k0;
-        if (!std::is_same_v<Storage, Real> && tiles > 1) stage(w, columns, depth, step * weight.k, staged);
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t first = t * kMaxDotRows, rows = std::min(kMaxDotRows, m_ - first);
-          for (int64_t x = 0; x < rows; ++x) a[x] = packed + (first + x) * dot_row_size();
-          Real* out = c + first * ldc + j;
-          if (!std::is_same_v<Storage, Real> && tiles > 1) {
-            kernels_.dot_real(static_cast<int>(rows), static_cast<int>(columns), a, staged, depth, out, ldc, k0 > 0, 0);
-          } else {
-            kernels_.dot(static_cast<int>(rows), static_cast<int>(columns), a, w, depth, out, ldc, k0 > 0,
-                         step * weight.k);
-          }
-        }
+    for (int64_t k0 = 0; k0 < k_; k0 += dot_depth(), packed += m_ * dot_row_size()) {
+      const int64_t depth = std::min(dot_depth(), k_ - k0);
+      for (int64_t x = 0; x < columns; ++x) w[x] = weight + x * k_ + k0;
+      for (int64_t first = 0; first < m_; first += kMaxDotRows) {
+        const int64_t rows = std::min(kMaxDotRows, m_ - first);
+        for (int64_t i = 0; i < rows; ++i) a[i] = packed + (first + i) * dot_row_size();
+        kernels_.dot(static_cast<int>(rows), static_cast<int>(columns), a, w, depth,
+                     sums_ + first * kMaxTileRows * kernels_.lanes, {k0 == 0, k0 + depth == k_}, c + first * ldc, ldc,
+                     0);
       }
     }
   }
@@ -193,56 +211,65 @@ class BlockGemm {
   int64_t panel_begin(int64_t panel) const { return vectors_ * panel / panels_; }
 
   // Widens a few rows of the weight, once for all the tiles that read them.
-  void stage(const Storage* const* w, int64_t rows, int64_t depth, int64_t ahead, const Real** staged) {
+  template <typename WidenRow>
+  void stage(int64_t rows, const WidenRow& widen, const Real** staged) {
     for (int64_t x = 0; x < rows; ++x) {
-      Real* out = staged_ + x * (kStagedRow + kernels_.lanes);
-      kernels_.widen_row(w[x], depth, out, ahead);
+      Real* out = staged_ + x * (kDepth + kernels_.lanes);
+      widen(x, out);
       staged[x] = out;
     }
   }
 
+  // A few rows of the weight at a time, each read along k for as long as the packed rows stay cached.
   void multiply_tokens_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
     const int64_t ld = vectors_ * kernels_.lanes;
+    const int64_t blocks = ceil_div(k_ * ld * static_cast<int64_t>(sizeof(Real)), kCachedBytes);
     const int64_t step = kernels_.tile_rows(ceil_div(vectors_, panels_));
-    const Storage* w[kMaxTileRows];
-    const Real* staged[kMaxTileRows];
-    for (int64_t k0 = 0; k0 < k_; k0 += kTokensBlock) {
-      const int64_t depth = std::min(kTokensBlock, k_ - k0);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = k_ * b / blocks, last = k_ * (b + 1) / blocks;
+      const int64_t depth = std::is_same_v<Storage, Real> ? last - first : kDepth;
       for (int64_t j = 0; j < count; j += step) {
-        const int64_t rows = std::min(step, count - j);
-        for (int64_t x = 0; x < rows; ++x) w[x] = weight.data + (begin + j + x) * weight.k + k0;
-        if constexpr (std::is_same_v<Storage, Real>) {
-          std::copy_n(w, rows, staged);
-        } else {
-          stage(w, rows, depth, step * weight.k, staged);
-        }
-        for (int64_t p = 0; p < panels_; ++p) {
-          const int64_t first = panel_begin(p) * kernels_.lanes, vectors = panel_begin(p + 1) - panel_begin(p);
-          const Real* q = packed_ + first * k_ + k0 * vectors * kernels_.lanes;
-          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), staged, q, depth,
-                         transposed_ + j * ld + first, ld, k0 > 0, step * weight.k);
+        for (int64_t k0 = first; k0 < last; k0 += depth) {
+          multiply_panels(weight.data + (begin + j) * weight.k, weight.k, std::min(step, count - j), k0,
+                          std::min(depth, last - k0), transposed_ + j * ld);
         }
       }
     }
     kernels_.transpose(transposed_, ld, count, m_, c, ldc);
   }
 
+  // c^T of a few rows of the weight, over `depth` from k0.
+  void multiply_panels(const Storage* weight, int64_t stride, int64_t rows, int64_t k0, int64_t depth, Real* out) {
+    const Real* p[kMaxTileRows];
+    if constexpr (std::is_same_v<Storage, Real>) {
+      for (int64_t x = 0; x < rows; ++x) p[x] = weight + x * stride + k0;
+    } else {
+      stage(rows, [&](int64_t x, Real* row) { kernels_.widen_row(weight + x * stride + k0, depth, row); }, p);
+    }
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      const int64_t first = panel_begin(panel) * kernels_.lanes, vectors = panel_begin(panel + 1) - panel_begin(panel);
+      const int64_t width = vectors * kernels_.lanes;
+      kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), p, packed_ + first * k_ + k0 * width, width,
+                     depth, out + first, vectors_ * kernels_.lanes, k0 > 0);
+    }
+  }
+
   void multiply_columns_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
     const int64_t widest = kernels_.panel();
-    const Storage* w[kColumnsBlock];
+    const Storage* w[kColumnsDepth];
     const Real* a[kMaxTileRows];
     for (int64_t j = 0; j < count; j += widest) {
       const int64_t used = std::min(widest, count - j), vectors = ceil_div(used, kernels_.lanes);
       const int64_t tiles = ceil_div(m_, kernels_.tile_rows(vectors));
-      for (int64_t k0 = 0; k0 < k_; k0 += kColumnsBlock) {
-        const int64_t depth = std::min(kColumnsBlock, k_ - k0);
+      for (int64_t k0 = 0; k0 < k_; k0 += kColumnsDepth) {
+        const int64_t depth = std::min(kColumnsDepth, k_ - k0);
         for (int64_t x = 0; x < depth; ++x) w[x] = weight.data + (k0 + x) * weight.n + begin + j;
-        kernels_.pack(w, depth, used, vectors * kernels_.lanes, staged_, widest);
+        kernels_.pack(w, depth, used, vectors * kernels_.lanes, staged_);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t first = m_ * t / tiles, rows = m_ * (t + 1) / tiles - first;
           for (int64_t x = 0; x < rows; ++x) a[x] = real_rows_[first + x] + k0;
-          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), a, staged_, depth, c + first * ldc + j, ldc,
-                         k0 > 0, 0);
+          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), a, staged_, vectors * kernels_.lanes, depth,
+                         c + first * ldc + j, ldc, k0 > 0);
         }
       }
     }
@@ -252,6 +279,7 @@ class BlockGemm {
   Real* packed_;      // kTokensInLanes: panels [k][width], one after the other; kDot: pack_dot_rows; kColumnsInLanes:
                       // widened rows [m][k]
   Real* staged_;      // a few widened weight rows, or a packed weight panel
+  Real* sums_;        // unfinished dot products, lane by lane
   Real* transposed_;  // c^T of kTokensInLanes
   const Real** real_rows_;
   int64_t m_ = 0, k_ = 0, panels_ = 0, vectors_ = 0;

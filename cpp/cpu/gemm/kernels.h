@@ -16,11 +16,13 @@ inline constexpr int64_t kMaxTileVectors = 4;  // width of q in `outer`, in vect
 
 inline constexpr int64_t kMaxDotRows = 4;  // rows of a in `dot`
 
+// Which part of a dot product a call computes.
+struct DotPart {
+  bool first, last;
+};
+
 // Storage is float, BFloat16, Float16 or double; the arithmetic is in Real: double for double, else float.
 // "Rows" arguments are arrays of pointers: gathering costs nothing. No alignment is required of anything.
-// `ahead`: while element x of a row is read, x + ahead is fetched into the second-level cache, wherever that is (a
-// fetch never faults). The caller knows what it will read next; the processor's own prefetcher loses track at the end
-// of a row.
 template <typename Storage>
 struct Kernels {
   using Real = Wide<Storage>;
@@ -29,29 +31,33 @@ struct Kernels {
   int accumulators;              // vectors of a tile that fit in registers: rows * vectors <= accumulators
   int tile_vectors;              // widest tile of `outer`, in vectors
   int dot_columns[kMaxDotRows];  // how many columns a tile of `dot` with 1, 2, .. rows has
+  int dot_step;                  // `arrange_for_dot` pads to a multiple of this
 
   int64_t panel() const { return int64_t{tile_vectors} * lanes; }
   int64_t tile_rows(int64_t vectors) const { return std::min(kMaxTileRows, accumulators / vectors); }
 
-  // c[i, j] (+)= sum over x < k of p[i][x] * q[x, j], for i < rows and j < vectors * lanes; q has vectors * lanes
-  // columns.
-  void (*outer)(int rows, int vectors, const Real* const* p, const Real* q, int64_t k, Real* c, int64_t ldc,
-                bool accumulate, int64_t ahead);
-  // c[i, j] (+)= <a[i], w[j]> over k elements, for i < rows and j < columns <= dot_columns[rows - 1].
-  void (*dot)(int rows, int columns, const Real* const* a, const Storage* const* w, int64_t k, Real* c, int64_t ldc,
-              bool accumulate, int64_t ahead);
-  // The same with w widened already.
-  void (*dot_real)(int rows, int columns, const Real* const* a, const Real* const* w, int64_t k, Real* c, int64_t ldc,
-                   bool accumulate, int64_t ahead);
+  // c[i, j] (+)= sum over x < k of p[i][x] * q[x, j], for i < rows and j < vectors * lanes; row x of q begins at
+  // q + x * ldq.
+  void (*outer)(int rows, int vectors, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c,
+                int64_t ldc, bool accumulate);
+
+  // c[i, j] = <a[i], w[j]> for i < rows and j < columns <= dot_columns[rows - 1], over k elements, which may be one
+  // part of all: the parts before and after it share `sums`, kMaxDotRows * kMaxTileRows vectors. a is arranged (below),
+  // w is not. While element x of a row of w is read, x + ahead is fetched, wherever that is; 0 fetches nothing.
+  void (*dot)(int rows, int columns, const Real* const* a, const Storage* const* w, int64_t k, Real* sums, DotPart part,
+              Real* c, int64_t ldc, int64_t ahead);
+  // Widens a row of n elements into the order in which `dot` multiplies it, padded with zeros to a multiple of
+  // dot_step.
+  void (*arrange_for_dot)(const Storage* src, int64_t n, Real* dst);
 
   // q[x, i] = rows[i][x] for x < k and i < m; columns m .. width of q are zero.
   void (*pack_transposed)(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Real* q);
   // q[x, j] = rows[x][j] for x < k and j < n; columns n .. width of q are zero.
-  void (*pack)(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Real* q, int64_t ahead);
+  void (*pack)(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Real* q);
   // dst[j, i] = src[i, j] for i < rows and j < columns.
   void (*transpose)(const Real* src, int64_t ld_src, int64_t rows, int64_t columns, Real* dst, int64_t ld_dst);
 
-  void (*widen_row)(const Storage* src, int64_t n, Real* dst, int64_t ahead);
+  void (*widen_row)(const Storage* src, int64_t n, Real* dst);
   void (*narrow_row)(const Real* src, int64_t n, Storage* dst);
   // y += s * x
   void (*axpy)(Real s, const Real* x, int64_t n, Real* y);

@@ -10,52 +10,41 @@
 namespace moe::MOE_ISA {
 
 template <typename Real, int Rows, int Vectors>
-void outer_tile(const Real* const* p, const Real* q, int64_t k, Real* c, int64_t ldc, bool accumulate, int64_t ahead) {
+void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc, bool accumulate) {
   const Real* row[Rows];
   Vec<Real> tile[Rows][Vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
     row[i] = p[i];
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) tile[i][j] = Vec<Real>{};
+    for (int j = 0; j < Vectors; ++j) tile[i][j] = accumulate ? load(c + i * ldc + j * kLanes<Real>) : Vec<Real>{};
   }
-  const auto step = [&](int64_t x) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+  for (int64_t x = 0; x < k; ++x, q += ldq) {
     Vec<Real> column[Vectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) column[j] = load(q + j * kLanes<Real>);
-    q += Vectors * kLanes<Real>;
+    for (int j = 0; j < Vectors; ++j) column[j] = in_register(load(q + j * kLanes<Real>));
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
-      const Vec<Real> element = broadcast(row[i][x]);
+      // One vector of q uses each element once: there the broadcast is best left to the multiplication.
+      const Vec<Real> element = Vectors > 1 ? in_register(broadcast(row[i][x])) : broadcast(row[i][x]);
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) tile[i][j] += element * column[j];
     }
-  };
-  constexpr int64_t kLine = 64 / sizeof(Real);  // one fetch per cache line
-  int64_t x = 0;
-  for (; x + kLine <= k; x += kLine) {
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) fetch(row[i] + x + ahead);
-#pragma GCC unroll 1
-    for (int64_t y = 0; y < kLine; ++y) step(x + y);
   }
-  for (; x < k; ++x) step(x);
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) {
-      Real* out = c + i * ldc + j * kLanes<Real>;
-      store(out, accumulate ? load(out) + tile[i][j] : tile[i][j]);
-    }
+    for (int j = 0; j < Vectors; ++j) store(c + i * ldc + j * kLanes<Real>, tile[i][j]);
   }
 }
 
 template <typename Real, int Rows>
-void outer_rows(int vectors, const Real* const* p, const Real* q, int64_t k, Real* c, int64_t ldc, bool accumulate,
-                int64_t ahead) {
+void outer_rows(int vectors, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
+                bool accumulate) {
   const auto run = [&]<int Vectors>() {
     if constexpr (Rows * Vectors <= MOE_ACCUMULATORS && Vectors <= MOE_TILE_VECTORS) {
-      outer_tile<Real, Rows, Vectors>(p, q, k, c, ldc, accumulate, ahead);
+      outer_tile<Real, Rows, Vectors>(p, q, ldq, k, c, ldc, accumulate);
     }
   };
   switch (vectors) {
@@ -71,26 +60,26 @@ void outer_rows(int vectors, const Real* const* p, const Real* q, int64_t k, Rea
 }
 
 template <typename Real>
-void outer(int rows, int vectors, const Real* const* p, const Real* q, int64_t k, Real* c, int64_t ldc, bool accumulate,
-           int64_t ahead) {
+void outer(int rows, int vectors, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
+           bool accumulate) {
   static_assert(kMaxTileRows == 8 && MOE_TILE_VECTORS <= kMaxTileVectors, "one case per number of rows and vectors");
   switch (rows) {
     case 1:
-      return outer_rows<Real, 1>(vectors, p, q, k, c, ldc, accumulate, ahead);
+      return outer_rows<Real, 1>(vectors, p, q, ldq, k, c, ldc, accumulate);
     case 2:
-      return outer_rows<Real, 2>(vectors, p, q, k, c, ldc, accumulate, ahead);
+      return outer_rows<Real, 2>(vectors, p, q, ldq, k, c, ldc, accumulate);
     case 3:
-      return outer_rows<Real, 3>(vectors, p, q, k, c, ldc, accumulate, ahead);
+      return outer_rows<Real, 3>(vectors, p, q, ldq, k, c, ldc, accumulate);
     case 4:
-      return outer_rows<Real, 4>(vectors, p, q, k, c, ldc, accumulate, ahead);
+      return outer_rows<Real, 4>(vectors, p, q, ldq, k, c, ldc, accumulate);
     case 5:
-      return outer_rows<Real, 5>(vectors, p, q, k, c, ldc, accumulate, ahead);
+      return outer_rows<Real, 5>(vectors, p, q, ldq, k, c, ldc, accumulate);
     case 6:
-      return outer_rows<Real, 6>(vectors, p, q, k, c, ldc, accumulate, ahead);
+      return outer_rows<Real, 6>(vectors, p, q, ldq, k, c, ldc, accumulate);
     case 7:
-      return outer_rows<Real, 7>(vectors, p, q, k, c, ldc, accumulate, ahead);
+      return outer_rows<Real, 7>(vectors, p, q, ldq, k, c, ldc, accumulate);
     case 8:
-      return outer_rows<Real, 8>(vectors, p, q, k, c, ldc, accumulate, ahead);
+      return outer_rows<Real, 8>(vectors, p, q, ldq, k, c, ldc, accumulate);
   }
 }
 

@@ -47,14 +47,11 @@ void pack_transposed(const Storage* const* rows, int64_t m, int64_t k, int64_t w
 
 // q[x, j] = rows[x][j]; columns n .. width - 1 are zero. `width` is a multiple of kLanes.
 template <typename Storage>
-void pack(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Wide<Storage>* q, int64_t ahead) {
+void pack(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Wide<Storage>* q) {
   using Real = Wide<Storage>;
   for (int64_t x = 0; x < k; ++x, q += width) {
     int64_t j = 0;
-    for (; j + kLanes<Real> <= n; j += kLanes<Real>) {
-      fetch(rows[x] + j + ahead);
-      store(q + j, load(rows[x] + j));
-    }
+    for (; j + kLanes<Real> <= n; j += kLanes<Real>) store(q + j, load(rows[x] + j));
     if (j < n) store(q + j, load_first(rows[x] + j, n - j)), j += kLanes<Real>;
     for (; j < width; j += kLanes<Real>) store(q + j, Vec<Real>{});
   }

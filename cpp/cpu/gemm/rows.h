@@ -7,13 +7,8 @@
 namespace moe::MOE_ISA {
 
 template <typename Storage>
-void widen_row(const Storage* src, int64_t n, Wide<Storage>* dst, int64_t ahead) {
-  int64_t i = 0;
-  for (; i + kLanes<Wide<Storage>> <= n; i += kLanes<Wide<Storage>>) {
-    fetch(src + i + ahead);
-    store(dst + i, load(src + i));
-  }
-  if (i < n) store_first(dst + i, load_first(src + i, n - i), n - i);
+void widen_row(const Storage* src, int64_t n, Wide<Storage>* dst) {
+  for_vectors<Wide<Storage>>(n, [&](auto load, auto store) { store(dst, load(src)); });
 }
 
 template <typename Storage>

@@ -35,8 +35,21 @@ typedef uint32_t UInt __attribute__((vector_size(MOE_VECTOR_BYTES)));
 typedef uint16_t Half __attribute__((vector_size(MOE_VECTOR_BYTES / 2)));
 typedef uint16_t HalfUnaligned __attribute__((vector_size(MOE_VECTOR_BYTES / 2), aligned(2), may_alias));
 
-// Into the second-level cache.
-inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Into the caches, wherever p points: a fetch never faults.
+// NOTE: always_inline, or GCC takes a call for one without effect, and drops it.
+__attribute__((always_inline)) inline void fetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Makes the compiler load x once: it would else repeat the load as an operand of up to three uses, and loads, not
+// multiplications, are what a tile runs short of.
+template <typename V>
+inline V in_register(V x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
 
 template <typename Real>
 inline Vec<Real> broadcast(Real x) {
@@ -64,6 +77,15 @@ inline void store_16_bits(void* p, UInt x) {
 #else
   *static_cast<HalfUnaligned*>(p) = __builtin_convertvector(x, Half);
 #endif
+}
+
+// The even and the odd elements of two vectors' worth: a shift and a mask, where widening in order takes a permutation
+// more. Good for sums of products, when both factors are read that way.
+inline void load_pairs(const BFloat16* p, Vec<float>& even, Vec<float>& odd) {
+  typedef UInt Unaligned __attribute__((aligned(2), may_alias));
+  const UInt pairs = in_register(UInt(*reinterpret_cast<const Unaligned*>(p)));
+  even = reinterpret_cast<Vec<float>>(pairs << 16);
+  odd = reinterpret_cast<Vec<float>>(pairs & 0xffff0000u);
 }
 
 inline Vec<float> load(const BFloat16* p) { return reinterpret_cast<Vec<float>>(load_16_bits(p) << 16); }

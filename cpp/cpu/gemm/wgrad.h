@@ -82,7 +82,7 @@ class WgradWorker {
       for (int64_t r0 = 0; r0 < rows; r0 += kRowsBlock) {
         const int64_t depth = std::min(kRowsBlock, rows - r0);
         for (int64_t r = 0; r < depth; ++r) pointers_[r] = args_.rhs[first + r0 + r] + j;
-        kernels_.pack(pointers_, depth, used, width, panel_, widest);
+        kernels_.pack(pointers_, depth, used, width, panel_);
         add_products(unit.count, packed_ + r0, ld, depth, static_cast<int>(vectors), r0 > 0);
       }
       for (int64_t i = 0; i < unit.count; ++i) {
@@ -117,7 +117,8 @@ class WgradWorker {
     for (int64_t i = 0; i < count; i += step) {
       const int64_t tile_rows = std::min<int64_t>(step, count - i);
       for (int64_t x = 0; x < tile_rows; ++x) row[x] = p + (i + x) * ld;
-      kernels_.outer(static_cast<int>(tile_rows), vectors, row, panel_, depth, tile_ + i * width, width, accumulate, 0);
+      kernels_.outer(static_cast<int>(tile_rows), vectors, row, panel_, width, depth, tile_ + i * width, width,
+                     accumulate);
     }
   }
 
