@@ -179,8 +179,8 @@ bool backward(const ExpertsBackwardArgs& args, const ThreadPool& pool) {
   const auto wgrad = [&](void* output, const auto& out_rows, int64_t out, const auto& in_rows, int64_t in) {
     const Storage *const *lhs = out_rows.data(), *const *rhs = in_rows.data();
     if (in_out) std::swap(lhs, rhs), std::swap(out, in);
-    return run_wgrad<Storage>({static_cast<Storage*>(output), lhs, rhs, experts.offsets.data(), num_experts, out, in},
-                              pool);
+    return run_wgrad<Storage>(
+        {static_cast<Storage*>(output), lhs, rhs, experts.offsets.data(), num_experts, out, in, false}, pool);
   };
   if (args.grad_down_proj != nullptr) {
     const auto scaled_rows = experts.consecutive(scaled.get(), experts.intermediate);

@@ -68,7 +68,7 @@ class BlockGemm {
   static size_t scratch_bytes(const Kernels<Storage>& kernels, int64_t rows, int64_t k, int64_t columns) {
     const int64_t panel = kernels.panel(), padded_rows = ceil_div(rows, panel) * panel;
     return Arena::size_of_block<Real>(packed_size(kernels, padded_rows, k)) +
-           Arena::size_of_block<Real>(staged_size(kernels)) + Arena::size_of_block<Real>(sums_size(kernels)) +
+           Arena::size_of_block<Real>(staged_size(kernels, columns)) + Arena::size_of_block<Real>(sums_size(kernels)) +
            Arena::size_of_block<Real>(padded_rows * columns) + Arena::size_of_block<const Real*>(rows);
   }
 
@@ -76,7 +76,7 @@ class BlockGemm {
       : kernels_(kernels) {
     const int64_t panel = kernels.panel(), padded_rows = ceil_div(rows, panel) * panel;
     packed_ = arena.take<Real>(packed_size(kernels, padded_rows, k));
-    staged_ = arena.take<Real>(staged_size(kernels));
+    staged_ = arena.take<Real>(staged_size(kernels, columns));
     sums_ = arena.take<Real>(sums_size(kernels));
     transposed_ = arena.take<Real>(padded_rows * columns);
     real_rows_ = arena.take<const Real*>(rows);
@@ -134,14 +134,15 @@ class BlockGemm {
   static constexpr int64_t kCachedBytes = 512 << 10;  // of packed rows at a time: they stay in the second-level cache
   // Contracted elements at a time. Of dot products: so many that a block of all rows stays in the first-level cache,
   // beside a few rows of the weight. Of rows of the weight that are widened first: the same, for one tile's rows.
-  static constexpr int64_t kDepth = 512, kColumnsDepth = 256;
+  static constexpr int64_t kDepth = 512, kColumnsDepth = 128;
 
   static int64_t packed_size(const Kernels<Storage>& kernels, int64_t padded_rows, int64_t k) {
     const int64_t dot_rows = std::min(padded_rows, kMaxDotProductRows);
     return std::max(padded_rows * k, dot_rows * (k + ceil_div(k, kDepth) * (kernels.dot_step + kernels.lanes)));
   }
-  static int64_t staged_size(const Kernels<Storage>& kernels) {
-    return std::max<int64_t>(kMaxTileRows * (kDepth + kernels.lanes), kColumnsDepth * kernels.panel());
+  static int64_t staged_size(const Kernels<Storage>& kernels, int64_t columns) {
+    const int64_t panel = kernels.panel();
+    return std::max<int64_t>(kMaxTileRows * (kDepth + kernels.lanes), kColumnsDepth * ceil_div(columns, panel) * panel);
   }
   static int64_t sums_size(const Kernels<Storage>& kernels) {
     return kMaxDotProductRows * kMaxTileRows * kernels.lanes;
@@ -250,26 +251,28 @@ class BlockGemm {
       const int64_t first = panel_begin(panel) * kernels_.lanes, vectors = panel_begin(panel + 1) - panel_begin(panel);
       const int64_t width = vectors * kernels_.lanes;
       kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), p, packed_ + first * k_ + k0 * width, width,
-                     depth, out + first, vectors_ * kernels_.lanes, k0 > 0);
+                     depth, out + first, vectors_ * kernels_.lanes, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
     }
   }
 
+  // A strip of the weight at a time, read row by row and packed into panels that stay in the first-level cache.
   void multiply_columns_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
     const int64_t widest = kernels_.panel();
     const Storage* w[kColumnsDepth];
     const Real* a[kMaxTileRows];
-    for (int64_t j = 0; j < count; j += widest) {
-      const int64_t used = std::min(widest, count - j), vectors = ceil_div(used, kernels_.lanes);
-      const int64_t tiles = ceil_div(m_, kernels_.tile_rows(vectors));
-      for (int64_t k0 = 0; k0 < k_; k0 += kColumnsDepth) {
-        const int64_t depth = std::min(kColumnsDepth, k_ - k0);
-        for (int64_t x = 0; x < depth; ++x) w[x] = weight.data + (k0 + x) * weight.n + begin + j;
-        kernels_.pack(w, depth, used, vectors * kernels_.lanes, staged_);
+    for (int64_t k0 = 0; k0 < k_; k0 += kColumnsDepth) {
+      const int64_t depth = std::min(kColumnsDepth, k_ - k0);
+      for (int64_t x = 0; x < depth; ++x) w[x] = weight.data + (k0 + x) * weight.n + begin;
+      kernels_.pack(w, depth, count, widest, staged_);
+      const Real* panel = staged_;
+      for (int64_t j = 0; j < count; j += widest, panel += depth * widest) {
+        const int64_t vectors = ceil_div(std::min(widest, count - j), kernels_.lanes);
+        const int64_t tiles = ceil_div(m_, kernels_.tile_rows(vectors));
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t first = m_ * t / tiles, rows = m_ * (t + 1) / tiles - first;
           for (int64_t x = 0; x < rows; ++x) a[x] = real_rows_[first + x] + k0;
-          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), a, staged_, vectors * kernels_.lanes, depth,
-                         c + first * ldc + j, ldc, k0 > 0);
+          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), a, panel, widest, depth,
+                         c + first * ldc + j, ldc, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
         }
       }
     }
@@ -278,7 +281,7 @@ class BlockGemm {
   const Kernels<Storage>& kernels_;
   Real* packed_;      // kTokensInLanes: panels [k][width], one after the other; kDot: pack_dot_rows; kColumnsInLanes:
                       // widened rows [m][k]
-  Real* staged_;      // a few widened weight rows, or a packed weight panel
+  Real* staged_;      // a few widened weight rows, or a packed weight strip
   Real* sums_;        // unfinished dot products, lane by lane
   Real* transposed_;  // c^T of kTokensInLanes
   const Real** real_rows_;

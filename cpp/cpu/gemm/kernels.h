@@ -21,6 +21,14 @@ struct DotPart {
   bool first, last;
 };
 
+// What becomes of a tile.
+enum class TileStore : int8_t {
+  kWrite,
+  kAdd,     // to what is there, before the first product: a sum cut into parts is the sum
+  kStream,  // past the caches; rows of c lie on multiples of kStreamAlignment
+};
+inline constexpr int64_t kStreamAlignment = 64;
+
 // Storage is float, BFloat16, Float16 or double; the arithmetic is in Real: double for double, else float.
 // "Rows" arguments are arrays of pointers: gathering costs nothing. No alignment is required of anything.
 template <typename Storage>
@@ -39,7 +47,7 @@ struct Kernels {
   // c[i, j] (+)= sum over x < k of p[i][x] * q[x, j], for i < rows and j < vectors * lanes; row x of q begins at
   // q + x * ldq.
   void (*outer)(int rows, int vectors, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c,
-                int64_t ldc, bool accumulate);
+                int64_t ldc, TileStore how);
 
   // c[i, j] = <a[i], w[j]> for i < rows and j < columns <= dot_columns[rows - 1], over k elements, which may be one
   // part of all: the parts before and after it share `sums`, kMaxDotRows * kMaxTileRows vectors. a is arranged (below),
@@ -52,13 +60,18 @@ struct Kernels {
 
   // q[x, i] = rows[i][x] for x < k and i < m; columns m .. width of q are zero.
   void (*pack_transposed)(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Real* q);
-  // q[x, j] = rows[x][j] for x < k and j < n; columns n .. width of q are zero.
+  // Panels of `width` columns, one after the other, each [k, width]: q holds rows[x][0 .. n) for x < k; columns past n
+  // are zero. Each row is read from end to end.
   void (*pack)(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Real* q);
   // dst[j, i] = src[i, j] for i < rows and j < columns.
   void (*transpose)(const Real* src, int64_t ld_src, int64_t rows, int64_t columns, Real* dst, int64_t ld_dst);
 
   void (*widen_row)(const Storage* src, int64_t n, Real* dst);
   void (*narrow_row)(const Real* src, int64_t n, Storage* dst);
+  // The same past the caches: dst on a multiple of kStreamAlignment bytes, n of them a multiple of it, too.
+  void (*stream_row)(const Real* src, int64_t n, Storage* dst);
+  // To be called after stores past the caches, before another thread may read them.
+  void (*finish_streams)();
   // y += s * x
   void (*axpy)(Real s, const Real* x, int64_t n, Real* y);
   Real (*dot_row)(const Real* x, const Real* y, int64_t n);

@@ -10,14 +10,15 @@
 namespace moe::MOE_ISA {
 
 template <typename Real, int Rows, int Vectors>
-void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc, bool accumulate) {
+void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc, TileStore how) {
   const Real* row[Rows];
   Vec<Real> tile[Rows][Vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
     row[i] = p[i];
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) tile[i][j] = accumulate ? load(c + i * ldc + j * kLanes<Real>) : Vec<Real>{};
+    for (int j = 0; j < Vectors; ++j)
+      tile[i][j] = how == TileStore::kAdd ? load(c + i * ldc + j * kLanes<Real>) : Vec<Real>{};
   }
 #pragma GCC unroll 1
   for (int64_t x = 0; x < k; ++x, q += ldq) {
@@ -35,16 +36,19 @@ void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Rea
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) store(c + i * ldc + j * kLanes<Real>, tile[i][j]);
+    for (int j = 0; j < Vectors; ++j) {
+      Real* out = c + i * ldc + j * kLanes<Real>;
+      how == TileStore::kStream ? stream(out, tile[i][j]) : store(out, tile[i][j]);
+    }
   }
 }
 
 template <typename Real, int Rows>
 void outer_rows(int vectors, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
-                bool accumulate) {
+                TileStore how) {
   const auto run = [&]<int Vectors>() {
     if constexpr (Rows * Vectors <= MOE_ACCUMULATORS && Vectors <= MOE_TILE_VECTORS) {
-      outer_tile<Real, Rows, Vectors>(p, q, ldq, k, c, ldc, accumulate);
+      outer_tile<Real, Rows, Vectors>(p, q, ldq, k, c, ldc, how);
     }
   };
   switch (vectors) {
@@ -61,25 +65,25 @@ void outer_rows(int vectors, const Real* const* p, const Real* q, int64_t ldq, i
 
 template <typename Real>
 void outer(int rows, int vectors, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
-           bool accumulate) {
+           TileStore how) {
   static_assert(kMaxTileRows == 8 && MOE_TILE_VECTORS <= kMaxTileVectors, "one case per number of rows and vectors");
   switch (rows) {
     case 1:
-      return outer_rows<Real, 1>(vectors, p, q, ldq, k, c, ldc, accumulate);
+      return outer_rows<Real, 1>(vectors, p, q, ldq, k, c, ldc, how);
     case 2:
-      return outer_rows<Real, 2>(vectors, p, q, ldq, k, c, ldc, accumulate);
+      return outer_rows<Real, 2>(vectors, p, q, ldq, k, c, ldc, how);
     case 3:
-      return outer_rows<Real, 3>(vectors, p, q, ldq, k, c, ldc, accumulate);
+      return outer_rows<Real, 3>(vectors, p, q, ldq, k, c, ldc, how);
     case 4:
-      return outer_rows<Real, 4>(vectors, p, q, ldq, k, c, ldc, accumulate);
+      return outer_rows<Real, 4>(vectors, p, q, ldq, k, c, ldc, how);
     case 5:
-      return outer_rows<Real, 5>(vectors, p, q, ldq, k, c, ldc, accumulate);
+      return outer_rows<Real, 5>(vectors, p, q, ldq, k, c, ldc, how);
     case 6:
-      return outer_rows<Real, 6>(vectors, p, q, ldq, k, c, ldc, accumulate);
+      return outer_rows<Real, 6>(vectors, p, q, ldq, k, c, ldc, how);
     case 7:
-      return outer_rows<Real, 7>(vectors, p, q, ldq, k, c, ldc, accumulate);
+      return outer_rows<Real, 7>(vectors, p, q, ldq, k, c, ldc, how);
     case 8:
-      return outer_rows<Real, 8>(vectors, p, q, ldq, k, c, ldc, accumulate);
+      return outer_rows<Real, 8>(vectors, p, q, ldq, k, c, ldc, how);
   }
 }
 

@@ -45,15 +45,26 @@ void pack_transposed(const Storage* const* rows, int64_t m, int64_t k, int64_t w
   }
 }
 
-// q[x, j] = rows[x][j]; columns n .. width - 1 are zero. `width` is a multiple of kLanes.
+// Panels [k, width] of the columns of rows[x], the last one padded with zeros. `width` is a multiple of kLanes. The
+// rows are pieces of longer ones, which the processor's prefetcher does not follow: each is fetched while an earlier
+// one is packed.
 template <typename Storage>
 void pack(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Wide<Storage>* q) {
   using Real = Wide<Storage>;
-  for (int64_t x = 0; x < k; ++x, q += width) {
-    int64_t j = 0;
-    for (; j + kLanes<Real> <= n; j += kLanes<Real>) store(q + j, load(rows[x] + j));
-    if (j < n) store(q + j, load_first(rows[x] + j, n - j)), j += kLanes<Real>;
-    for (; j < width; j += kLanes<Real>) store(q + j, Vec<Real>{});
+  constexpr int64_t kRowsAhead = 4;
+  for (int64_t x = 0; x < k; ++x) {
+    Real* out = q + x * width;
+    const Storage* later = rows[std::min(x + kRowsAhead, k - 1)];
+    for (int64_t begin = 0; begin < n; begin += width, out += k * width) {
+      const int64_t used = std::min(width, n - begin);
+      int64_t j = 0;
+      for (; j + kLanes<Real> <= used; j += kLanes<Real>) {
+        fetch(later + begin + j);
+        store(out + j, load(rows[x] + begin + j));
+      }
+      if (j < used) store(out + j, load_first(rows[x] + begin + j, used - j)), j += kLanes<Real>;
+      for (; j < width; j += kLanes<Real>) store(out + j, Vec<Real>{});
+    }
   }
 }
 

@@ -16,6 +16,17 @@ void narrow_row(const Wide<Storage>* src, int64_t n, Storage* dst) {
   for_vectors<Wide<Storage>>(n, [&](auto load, auto store) { store(dst, load(src)); });
 }
 
+template <typename Storage>
+void stream_row(const Wide<Storage>* src, int64_t n, Storage* dst) {
+  using Real = Wide<Storage>;
+  constexpr int64_t kBlock = MOE_VECTOR_BYTES / sizeof(Storage);  // one vector of the narrow type
+  for (int64_t i = 0; i < n; i += kBlock) {
+    alignas(MOE_VECTOR_BYTES) Storage block[kBlock];
+    for (int64_t j = 0; j < kBlock; j += kLanes<Real>) store(block + j, load(src + i + j));
+    stream(reinterpret_cast<Real*>(dst + i), load(reinterpret_cast<const Real*>(block)));
+  }
+}
+
 template <typename Real>
 void axpy(Real s, const Real* x, int64_t n, Real* y) {
   for_vectors<Real>(n, [&](auto load, auto store) { store(y, load(y) + broadcast(s) * load(x)); });

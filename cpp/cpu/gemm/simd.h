@@ -10,11 +10,12 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 #include "convert.h"
+#include "gemm/kernels.h"
 
 namespace moe::MOE_ISA {
 
@@ -123,6 +124,24 @@ inline void store(Float16* p, Vec<float> x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i] = narrow<Float16>(x[i]);
+#endif
+}
+
+// A whole vector past the caches, to an aligned address: a cache line so written is not read first.
+template <typename Real>
+inline void stream(Real* p, Vec<Real> x) {
+#if MOE_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(x));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(x));
+#else
+  store(p, x);
+#endif
+}
+// Stores that went past the caches become visible to other threads.
+inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
 #endif
 }
 

@@ -28,6 +28,8 @@ const Kernels<Storage>& table() {
       .transpose = transpose<Real>,
       .widen_row = widen_row<Storage>,
       .narrow_row = narrow_row<Storage>,
+      .stream_row = stream_row<Storage>,
+      .finish_streams = finish_streams,
       .axpy = axpy<Real>,
       .dot_row = dot_row<Real>,
       .activate = activate<Real>,

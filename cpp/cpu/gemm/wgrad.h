@@ -2,7 +2,8 @@
 //
 // A unit is a run of M for one expert: its part of lhs is packed transposed, so that an element per row can be
 // broadcast; panels of rhs are packed and passed under it. Every output element has one writer, which sums the rows in
-// order.
+// order. Tiles go straight to the output where they can, past the caches when it is larger than they are: an expert
+// with few rows spends its time on writing.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +22,7 @@ struct Wgrad {
   const Storage* const* rhs;      // [R] rows of N
   const int64_t* expert_offsets;  // [E + 1], sanitised
   int64_t num_experts, m, n;
+  bool accumulate;  // output[e] += ...
 };
 
 template <typename Storage>
@@ -49,16 +51,19 @@ class WgradWorker {
   static size_t scratch_bytes(const Kernels<Storage>& kernels, const Wgrad<Storage>& args) {
     const int64_t rows = most_rows(args);
     return Arena::size_of_block<Real>(packed_size(kernels, rows)) +
-           Arena::size_of_block<Real>(kRowsBlock * kernels.panel()) +
-           Arena::size_of_block<Real>(kMostCount * kernels.panel()) + Arena::size_of_block<const Storage*>(rows);
+           Arena::size_of_block<Real>(std::max<int64_t>(kStripElements, kRowsBlock * kernels.panel())) +
+           Arena::size_of_block<Real>(tile_size(kernels)) + Arena::size_of_block<Real>(kernels.panel()) +
+           Arena::size_of_block<const Storage*>(rows);
   }
 
   WgradWorker(const Kernels<Storage>& kernels, const Wgrad<Storage>& args, const std::vector<Unit>& units, Arena& arena)
       : kernels_(kernels), args_(args), units_(units) {
     const int64_t rows = most_rows(args);
     packed_ = arena.take<Real>(packed_size(kernels, rows));
-    panel_ = arena.take<Real>(kRowsBlock * kernels.panel());
-    tile_ = arena.take<Real>(kMostCount * kernels.panel());
+    panels_ = arena.take<Real>(std::max<int64_t>(kStripElements, kRowsBlock * kernels.panel()));
+    tile_ = arena.take<Real>(tile_size(kernels));
+    row_ = arena.take<Real>(kernels.panel());
+    streams_ = can_stream();
     pointers_ = arena.take<const Storage*>(rows);
   }
 
@@ -67,34 +72,55 @@ class WgradWorker {
     Storage* output = args_.output + (unit.expert * args_.m + unit.begin) * args_.n;
     const int64_t first = args_.expert_offsets[unit.expert], rows = rows_of(args_, unit.expert);
     if (rows == 0) {
-      std::fill_n(output, unit.count * args_.n, Storage{});
+      if (!args_.accumulate) std::fill_n(output, unit.count * args_.n, Storage{});
       return;
     }
     // 1. lhs^T of the unit, [count, rows]: the rows of p.
     const int64_t ld = ceil_div(rows, kernels_.lanes) * kernels_.lanes;
     for (int64_t r = 0; r < rows; ++r) pointers_[r] = args_.lhs[first + r] + unit.begin;
     kernels_.pack_transposed(pointers_, rows, unit.count, ld, packed_);
-    // 2. One panel of rhs at a time.
-    const int64_t widest = kernels_.panel();
-    for (int64_t j = 0; j < args_.n; j += widest) {
-      const int64_t used = std::min(widest, args_.n - j), vectors = ceil_div(used, kernels_.lanes);
-      const int64_t width = vectors * kernels_.lanes;
+    // 2. A strip of rhs at a time, packed into panels.
+    const int64_t strip = strip_of(std::min(rows, kRowsBlock));
+    for (int64_t j = 0; j < args_.n; j += strip) {
+      const int64_t columns = std::min(strip, args_.n - j);
       for (int64_t r0 = 0; r0 < rows; r0 += kRowsBlock) {
         const int64_t depth = std::min(kRowsBlock, rows - r0);
         for (int64_t r = 0; r < depth; ++r) pointers_[r] = args_.rhs[first + r0 + r] + j;
-        kernels_.pack(pointers_, depth, used, width, panel_);
-        add_products(unit.count, packed_ + r0, ld, depth, static_cast<int>(vectors), r0 > 0);
-      }
-      for (int64_t i = 0; i < unit.count; ++i) {
-        kernels_.narrow_row(tile_ + i * width, used, output + i * args_.n + j);
+        kernels_.pack(pointers_, depth, columns, kernels_.panel(), panels_);
+        add_products({output + j, unit.count, columns}, packed_ + r0, ld, depth, {r0 == 0, r0 + depth == rows});
       }
     }
+    if (streams_) kernels_.finish_streams();
   }
 
  private:
   static constexpr int64_t kStep = 24, kMostCount = 8 * kStep;  // count of a unit: a multiple of every tile's rows
   static constexpr int64_t kPackedElements = int64_t{1} << 18;  // of the packed lhs
   static constexpr int64_t kRowsBlock = 256;
+  static constexpr size_t kStreamedBytes = size_t{8} << 20;  // a smaller output is still cached when it is read next
+
+  static constexpr int64_t kStripElements = 64 << 10;  // of packed rhs: they stay in the second-level cache
+
+  struct Strip {
+    Storage* output;
+    int64_t rows, columns;
+  };
+
+  int64_t strip_of(int64_t depth) const {
+    const int64_t panel = kernels_.panel();
+    return std::max<int64_t>(kStripElements / (depth * panel), 1) * panel;
+  }
+  static int64_t tile_size(const Kernels<Storage>& kernels) {
+    return kMostCount * std::max<int64_t>(kStripElements / kRowsBlock, kernels.panel());
+  }
+
+  bool can_stream() const {
+    const size_t bytes = static_cast<size_t>(args_.num_experts * args_.m * args_.n) * sizeof(Storage);
+    return !args_.accumulate && bytes > kStreamedBytes &&
+           (reinterpret_cast<uintptr_t>(args_.output) | static_cast<size_t>(args_.n) * sizeof(Storage)) %
+                   kStreamAlignment ==
+               0;
+  }
 
   static int64_t rows_of(const Wgrad<Storage>& args, int64_t expert) {
     return args.expert_offsets[expert + 1] - args.expert_offsets[expert];
@@ -109,25 +135,56 @@ class WgradWorker {
     return std::max(kPackedElements, kStep * rows) + kMostCount * kernels.lanes;  // each packed row is padded to lanes
   }
 
-  // tile[i, :] (+)= sum over depth of p[i][r] * panel[r, :]
-  void add_products(int64_t count, const Real* p, int64_t ld, int64_t depth, int vectors, bool accumulate) {
-    const int64_t width = vectors * kernels_.lanes;
-    const int64_t step = kernels_.tile_rows(vectors);
+  // The strip (+)= sum over depth of p[i][r] * panels[r, :], a few output rows at a time, from end to end. `part`:
+  // which rows of the expert these are; the tile holds the sums until the last ones have been added.
+  void add_products(const Strip& strip, const Real* p, int64_t ld, int64_t depth, DotPart part) {
+    const int64_t widest = kernels_.panel(), step = kernels_.tile_rows(kernels_.tile_vectors);
     const Real* row[kMaxTileRows];
-    for (int64_t i = 0; i < count; i += step) {
-      const int64_t tile_rows = std::min<int64_t>(step, count - i);
-      for (int64_t x = 0; x < tile_rows; ++x) row[x] = p + (i + x) * ld;
-      kernels_.outer(static_cast<int>(tile_rows), vectors, row, panel_, width, depth, tile_ + i * width, width,
-                     accumulate);
+    for (int64_t i = 0; i < strip.rows; i += step) {
+      const int64_t rows = std::min<int64_t>(step, strip.rows - i);
+      for (int64_t x = 0; x < rows; ++x) row[x] = p + (i + x) * ld;
+      const Real* panel = panels_;
+      for (int64_t j = 0; j < strip.columns; j += widest, panel += depth * widest) {
+        const int64_t used = std::min(widest, strip.columns - j), vectors = ceil_div(used, kernels_.lanes);
+        Storage* output = strip.output + i * args_.n + j;
+        const auto multiply = [&](Real* c, int64_t ldc, TileStore how) {
+          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), row, panel, widest, depth, c, ldc, how);
+        };
+        if constexpr (std::is_same_v<Storage, Real>) {
+          if (used == vectors * kernels_.lanes) {
+            multiply(output, args_.n,
+                     args_.accumulate || !part.first ? TileStore::kAdd
+                     : part.last && streams_         ? TileStore::kStream
+                                                     : TileStore::kWrite);
+            continue;
+          }
+        }
+        const bool whole = part.first && part.last;
+        const int64_t ldc = whole ? widest : ceil_div(strip.columns, widest) * widest;
+        Real* c = whole ? tile_ : tile_ + i * ldc + j;
+        multiply(c, ldc, part.first ? TileStore::kWrite : TileStore::kAdd);
+        for (int64_t x = 0; part.last && x < rows; ++x) finish_row(c + x * ldc, used, output + x * args_.n);
+      }
     }
+  }
+
+  void finish_row(Real* sums, int64_t n, Storage* output) {
+    if (args_.accumulate) {
+      kernels_.widen_row(output, n, row_);
+      kernels_.axpy(Real(1), row_, n, sums);
+    }
+    const bool whole_lines = static_cast<size_t>(n) * sizeof(Storage) % kStreamAlignment == 0;
+    streams_&& whole_lines ? kernels_.stream_row(sums, n, output) : kernels_.narrow_row(sums, n, output);
   }
 
   const Kernels<Storage>& kernels_;
   const Wgrad<Storage>& args_;
   const std::vector<Unit>& units_;
   Real* packed_;  // lhs^T of the unit
-  Real* panel_;   // [kRowsBlock, width] of rhs
-  Real* tile_;    // [count, width] of the output
+  Real* panels_;  // of rhs
+  Real* tile_;    // sums that are not finished, or not of the type of the output
+  Real* row_;     // [width]
+  bool streams_;
   const Storage** pointers_;
 };
 
