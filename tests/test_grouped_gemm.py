@@ -5,7 +5,7 @@ import torch
 from helpers import ALL_DTYPES, DTYPES, check_against_reference, make_plan, randn
 
 from torch_moe import ops, reference
-from torch_moe.testing import ROUTINGS, SHAPES
+from torch_moe.testing import ROUTINGS, SHAPES, assert_close
 
 
 def inputs(shape, dtype, device, weight_layout="out_in", bias=False):
@@ -152,3 +152,16 @@ OFFSETS, BIAS = make_plan(SHAPES["unaligned"]).expert_offsets, randn(5, 106)
 def test_errors(arguments, message):
     with pytest.raises(RuntimeError, match=message):
         ops.grouped_gemm(*arguments)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n"), [(768, 2048), (769, 2050)], ids=["whole_lines", "odd"])
+def test_large_weight_gradients_pass_the_caches(m, n, dtype, device):
+    rows, offsets = 320, torch.tensor([0, 5, 5, 320], dtype=torch.int32, device=device)  # one row block, none, two
+    lhs, rhs = randn(rows, m, dtype=dtype, device=device, seed=1), randn(rows, n, dtype=dtype, device=device, seed=2)
+    grad = torch.ops.moe.grouped_gemm_wgrad(lhs, rhs, offsets)
+    assert grad.nbytes > 8 << 20
+    assert_close(grad[0], lhs[:5].double().T @ rhs[:5].double(), 5)
+    assert not grad[1].any()
+    assert_close(grad[2], lhs[5:].double().T @ rhs[5:].double(), 315)

@@ -58,6 +58,7 @@ def samples():
             ((leaf(R, H), leaf(E, H, I), plan.expert_offsets, leaf(E, I)), {"weight_layout": "in_out"}),
         ],
         "grouped_gemm_wgrad": [((randn(R, I), randn(R, H), plan.expert_offsets), {})],
+        "grouped_gemm_wgrad_": [((randn(E, I, H), randn(R, I), randn(R, H), plan.expert_offsets), {})],
         "grouped_gemm_bgrad": [((randn(R, I), plan.expert_offsets), {})],
         "activation": [((leaf(R, 2 * I),), {}), ((leaf(R, I), "gelu"), {}), ((leaf(R, 2 * I), "swiglu"), ACTIVATION)],
         "activation_backward": [((randn(R, I), randn(R, 2 * I), "swiglu"), ACTIVATION)],
@@ -72,6 +73,12 @@ def samples():
             experts_backward(randn(R, 2 * I)),
             experts_backward(torch.empty(0, 2 * I)),
             experts_backward(randn(R, 2 * I), needs_hidden_states=False, needs_biases=False),
+        ],
+        "experts_backward_": [
+            (
+                (randn(E, 2 * I, H), randn(E, H, I), *experts_backward(randn(R, 2 * I))[0]),
+                {**layouts, **{name: True for name in needs if name != "needs_projections"}},
+            )
         ],
     }
 

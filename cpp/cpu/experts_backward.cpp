@@ -180,7 +180,7 @@ bool backward(const ExpertsBackwardArgs& args, const ThreadPool& pool) {
     const Storage *const *lhs = out_rows.data(), *const *rhs = in_rows.data();
     if (in_out) std::swap(lhs, rhs), std::swap(out, in);
     return run_wgrad<Storage>(
-        {static_cast<Storage*>(output), lhs, rhs, experts.offsets.data(), num_experts, out, in, false}, pool);
+        {static_cast<Storage*>(output), lhs, rhs, experts.offsets.data(), num_experts, out, in, args.accumulate}, pool);
   };
   if (args.grad_down_proj != nullptr) {
     const auto scaled_rows = experts.consecutive(scaled.get(), experts.intermediate);

@@ -99,7 +99,7 @@ bool wgrad(const GroupedGemmWgradArgs& args, const ThreadPool& pool) {
   const auto lhs = row_pointers<Storage>(args.lhs, args.num_rows, args.m);
   const auto rhs = row_pointers<Storage>(args.rhs, args.num_rows, args.n);
   return run_wgrad<Storage>({static_cast<Storage*>(args.output), lhs.data(), rhs.data(), offsets.data(),
-                             args.num_experts, args.m, args.n, false},
+                             args.num_experts, args.m, args.n, args.accumulate},
                             pool);
 }
 

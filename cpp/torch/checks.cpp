@@ -138,6 +138,11 @@ Argument Op::argument(std::string_view name, const Tensor& tensor) const {
   return {name_, name, tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor)};
 }
 
+Argument Op::output(std::string_view name, const Tensor& tensor) const {
+  if (!tensor.is_contiguous()) fail(name, "be contiguous", "a strided tensor", "it is written in place");
+  return argument(name, tensor);
+}
+
 Tensor Op::empty(std::initializer_list<int64_t> shape, ScalarType type) const {
   return torch::stable::new_empty(first_, {shape.begin(), shape.size()}, type);
 }

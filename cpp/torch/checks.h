@@ -36,6 +36,7 @@ class Argument {
   const Argument& shape(std::initializer_list<int64_t> expected, std::string_view legend) const;
   const Argument& floating() const;
   const Argument& type(ScalarType expected) const;
+  void* mutable_data() const { return tensor_.mutable_data_ptr(); }
   [[noreturn]] void fail(const std::string& expectation, const std::string& got, std::string_view hint = "") const;
 
   DType dtype() const;  // only after floating()
@@ -56,6 +57,7 @@ class Op {
   Op(std::string_view name, const Tensor& first) : name_(name), first_(first) {}
 
   Argument argument(std::string_view name, const Tensor& tensor) const;
+  Argument output(std::string_view name, const Tensor& tensor) const;  // to be written to: not made contiguous
   Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const;
   [[noreturn]] void fail(std::string_view argument, const std::string& expectation, const std::string& got,
                          std::string_view hint = "") const;

@@ -37,6 +37,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe, CPU, m) {
   m.impl("permute", TORCH_BOX(&permute<Cpu>));
   m.impl("grouped_gemm", TORCH_BOX(&grouped_gemm<Cpu>));
   m.impl("grouped_gemm_wgrad", TORCH_BOX(&grouped_gemm_wgrad<Cpu>));
+  m.impl("grouped_gemm_wgrad_", TORCH_BOX(&grouped_gemm_wgrad_<Cpu>));
   m.impl("grouped_gemm_bgrad", TORCH_BOX(&grouped_gemm_bgrad<Cpu>));
   m.impl("activation", TORCH_BOX(&activation<Cpu>));
   m.impl("activation_backward", TORCH_BOX(&activation_backward<Cpu>));
@@ -44,6 +45,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe, CPU, m) {
   m.impl("combine_backward", TORCH_BOX(&combine_backward<Cpu>));
   m.impl("experts", TORCH_BOX(&experts<Cpu>));
   m.impl("experts_backward", TORCH_BOX(&experts_backward<Cpu>));
+  m.impl("experts_backward_", TORCH_BOX(&experts_backward_<Cpu>));
 }
 
 }  // namespace

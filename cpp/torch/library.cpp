@@ -26,6 +26,8 @@ STABLE_TORCH_LIBRARY(moe, m) {
       "grouped_gemm(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias=None, *, "
       "str weight_layout='out_in') -> Tensor");
   m.def("grouped_gemm_wgrad(Tensor lhs, Tensor rhs, Tensor expert_offsets) -> Tensor");
+  // The same, added to `grad`.
+  m.def("grouped_gemm_wgrad_(Tensor(a!) grad, Tensor lhs, Tensor rhs, Tensor expert_offsets) -> ()");
   m.def("grouped_gemm_bgrad(Tensor grad_output, Tensor expert_offsets) -> Tensor");
 
   m.def(
@@ -42,14 +44,15 @@ STABLE_TORCH_LIBRARY(moe, m) {
       "combine_backward(Tensor grad_output, Tensor rows, Tensor topk_weights, Tensor expert_offsets, "
       "Tensor row_to_slot, Tensor slot_to_row) -> (Tensor grad_rows, Tensor grad_topk_weights)");
 
-  // The fused path. With save_pre_activation=False the second output is empty ([0, P]) and the backward, given that
-  // empty tensor, computes the pre-activation again.
+  // The fused path. `accumulate` is for the backward: gradients of the projections are added to their .grad. With
+  // save_pre_activation=False the second output is empty ([0, P]) and the backward, given that empty tensor, computes
+  // the pre-activation again.
   m.def(
       "experts(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, "
       "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor? gate_up_bias=None, "
       "Tensor? down_bias=None, *, str activation='swiglu', str gate_layout='concat', str weight_layout='out_in', "
-      "float alpha=1.0, float? limit=None, float up_offset=0.0, bool save_pre_activation=True) "
-      "-> (Tensor output, Tensor pre_activation)");
+      "float alpha=1.0, float? limit=None, float up_offset=0.0, bool save_pre_activation=True, "
+      "bool accumulate=False) -> (Tensor output, Tensor pre_activation)");
   // A gradient that is not needed comes back as an empty tensor of shape [0].
   m.def(
       "experts_backward(Tensor grad_output, Tensor hidden_states, Tensor pre_activation, Tensor gate_up_proj, "
@@ -57,5 +60,13 @@ STABLE_TORCH_LIBRARY(moe, m) {
       "Tensor? gate_up_bias, Tensor? down_bias, *, str activation, str gate_layout, str weight_layout, float alpha, "
       "float? limit, float up_offset, bool needs_hidden_states, bool needs_projections, bool needs_topk_weights, "
       "bool needs_biases) -> (Tensor grad_hidden_states, Tensor grad_gate_up_proj, Tensor grad_down_proj, "
+      "Tensor grad_topk_weights, Tensor grad_gate_up_bias, Tensor grad_down_bias)");
+  // The gradients of the projections are added to the two tensors given.
+  m.def(
+      "experts_backward_(Tensor(a!) grad_gate_up_proj, Tensor(b!) grad_down_proj, Tensor grad_output, "
+      "Tensor hidden_states, Tensor pre_activation, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, "
+      "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor? gate_up_bias, Tensor? down_bias, *, "
+      "str activation, str gate_layout, str weight_layout, float alpha, float? limit, float up_offset, "
+      "bool needs_hidden_states, bool needs_topk_weights, bool needs_biases) -> (Tensor grad_hidden_states, "
       "Tensor grad_topk_weights, Tensor grad_gate_up_bias, Tensor grad_down_bias)");
 }

@@ -291,6 +291,8 @@ class ExpertsConfig(_Checked):
         Whether a token's weight multiplies what the expert returns or what it is given (Llama-4).
     recompute : bool, default=False
         Keep no pre-activation for the backward; it is computed again.
+    accumulate : bool, default=False
+        Add the projections' gradients to their ``.grad`` in place, as in :func:`torch_moe.ops.experts`.
     dropout : float, default=0.0
         In training, zero each intermediate value inside an expert with this probability and divide the others by its
         complement. Switch fine-tunes with 0.4. The stages then run one by one and keep what lies between them.
@@ -320,6 +322,7 @@ class ExpertsConfig(_Checked):
     up_offset: float = 0.0
     weight_position: Literal["output", "input"] = "output"
     recompute: bool = False
+    accumulate: bool = False
     dropout: float = 0.0
     expert_dropout: float = 0.0
 
@@ -365,7 +368,15 @@ class SharedExpertsConfig(ExpertsConfig):
 
     def _check(self) -> None:
         super()._check()
-        for name in ("num_experts", "weight_layout", "weight_position", "recompute", "dropout", "expert_dropout"):
+        for name in (
+            "num_experts",
+            "weight_layout",
+            "weight_position",
+            "recompute",
+            "accumulate",
+            "dropout",
+            "expert_dropout",
+        ):
             self._require(self.is_default(name), f"{name}={getattr(self, name)!r} is for routed experts: leave {name}")
 
 

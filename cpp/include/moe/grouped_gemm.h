@@ -5,7 +5,8 @@
 //   output[r] = weight[e]^T rows[r] + bias[e]        weight layout in_out: weight[e] is [K, N]
 // Rows past expert_offsets[E] are written as zeros. dgrad is the same operator with the other layout.
 //
-// wgrad: output[e] = sum over the rows of e of lhs[r] rhs[r]^T, [M, N]; exactly zero for an expert without rows.
+// wgrad: output[e] = sum over the rows of e of lhs[r] rhs[r]^T, [M, N]; exactly zero for an expert without rows. With
+// accumulate it is added to what is there, and an expert without rows keeps that to the bit.
 //   out_in: lhs = grad_output, rhs = rows.   in_out: lhs = rows, rhs = grad_output.
 // bgrad: output[e] = sum over the rows of e of grad_output[r].
 // fp32, bf16 and fp16 accumulate in fp32, fp64 in fp64. Here K is the contracted width, not top_k.
@@ -35,6 +36,7 @@ struct GroupedGemmWgradArgs {
   const int32_t* expert_offsets;  // [E + 1]
   int64_t num_rows, num_experts, m, n;
   DType dtype;
+  bool accumulate = false;
 };
 
 struct GroupedGemmBgradArgs {

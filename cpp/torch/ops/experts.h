@@ -88,7 +88,8 @@ std::tuple<Tensor, Tensor> experts(const Tensor& hidden_states, const Tensor& ga
                                    const Tensor& slot_to_row, const std::optional<Tensor>& gate_up_bias,
                                    const std::optional<Tensor>& down_bias, const std::string& activation,
                                    const std::string& gate_layout, const std::string& weight_layout, double alpha,
-                                   std::optional<double> limit, double up_offset, bool save_pre_activation) {
+                                   std::optional<double> limit, double up_offset, bool save_pre_activation,
+                                   bool /*accumulate, for the backward*/) {
   const Op op("experts", hidden_states);
   const PlanTensors plan(op, expert_offsets, row_to_slot, slot_to_row);
   const ExpertsTensors tensors(op, plan, parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
@@ -103,15 +104,24 @@ std::tuple<Tensor, Tensor> experts(const Tensor& hidden_states, const Tensor& ga
   return {output, pre_activation};
 }
 
+// Which gradients are wanted, and for those of the two projections where to add them, if not to new tensors.
+struct WantedGradients {
+  bool hidden_states, projections, topk_weights, biases;
+  const Tensor *gate_up_proj = nullptr, *down_proj = nullptr;
+};
+
+// In order: of hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias.
+using ExpertsGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 template <typename Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
-    const Tensor& grad_output, const Tensor& hidden_states, const Tensor& pre_activation, const Tensor& gate_up_proj,
-    const Tensor& down_proj, const Tensor& topk_weights, const Tensor& expert_offsets, const Tensor& row_to_slot,
-    const Tensor& slot_to_row, const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
-    const std::string& activation, const std::string& gate_layout, const std::string& weight_layout, double alpha,
-    std::optional<double> limit, double up_offset, bool needs_hidden_states, bool needs_projections,
-    bool needs_topk_weights, bool needs_biases) {
-  const Op op("experts_backward", hidden_states);
+ExpertsGradients experts_gradients(const Op& op, const WantedGradients& wanted, const Tensor& grad_output,
+                                   const Tensor& hidden_states, const Tensor& pre_activation,
+                                   const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& topk_weights,
+                                   const Tensor& expert_offsets, const Tensor& row_to_slot, const Tensor& slot_to_row,
+                                   const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
+                                   const std::string& activation, const std::string& gate_layout,
+                                   const std::string& weight_layout, double alpha, std::optional<double> limit,
+                                   double up_offset) {
   const PlanTensors plan(op, expert_offsets, row_to_slot, slot_to_row);
   const ExpertsTensors tensors(op, plan, parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
                                parse_weight_layout(op, weight_layout), hidden_states, gate_up_proj, down_proj,
@@ -129,6 +139,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     Tensor tensor;
     void* data;
   };
+  const auto existing = [&](std::string_view name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+    const Argument argument = op.output(name, tensor);
+    argument.shape(shape, "that of the parameter").type(tensors.type());
+    return Gradient{tensor, argument.mutable_data()};
+  };
   const auto allocate = [&](bool needed, std::initializer_list<int64_t> shape, ScalarType type) {
     Tensor tensor = needed ? op.empty(shape, type) : op.empty({0}, type);
     return Gradient{tensor, needed ? tensor.mutable_data_ptr() : nullptr};
@@ -137,13 +152,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   const int64_t num_experts = plan.num_experts(), h = tensors.hidden_size, i = tensors.intermediate_size,
                 p = tensors.pre_activation_size;
   const bool out_in = tensors.out_in();
-  const Gradient tokens = allocate(needs_hidden_states, {plan.num_tokens(), h}, type);
-  const Gradient gate_up = allocate(needs_projections, {num_experts, out_in ? p : h, out_in ? h : p}, type);
-  const Gradient down = allocate(needs_projections, {num_experts, out_in ? h : i, out_in ? i : h}, type);
+  const Gradient tokens = allocate(wanted.hidden_states, {plan.num_tokens(), h}, type);
+  const auto projection = [&](std::string_view name, const Tensor* given, std::initializer_list<int64_t> shape) {
+    return given ? existing(name, *given, shape) : allocate(wanted.projections, shape, type);
+  };
+  const Gradient gate_up =
+      projection("grad_gate_up_proj", wanted.gate_up_proj, {num_experts, out_in ? p : h, out_in ? h : p});
+  const Gradient down = projection("grad_down_proj", wanted.down_proj, {num_experts, out_in ? h : i, out_in ? i : h});
   const Gradient weights =
-      allocate(needs_topk_weights, {plan.num_tokens(), plan.top_k()}, weight_type(tensors.dtype()));
-  const Gradient bias1 = allocate(needs_biases && gate_up_bias, {num_experts, p}, type);
-  const Gradient bias2 = allocate(needs_biases && down_bias, {num_experts, h}, type);
+      allocate(wanted.topk_weights, {plan.num_tokens(), plan.top_k()}, weight_type(tensors.dtype()));
+  const Gradient bias1 = allocate(wanted.biases && gate_up_bias, {num_experts, p}, type);
+  const Gradient bias2 = allocate(wanted.biases && down_bias, {num_experts, h}, type);
   op.check(Device::run(ExpertsBackwardArgs{.grad_hidden_states = tokens.data,
                                            .grad_gate_up_proj = gate_up.data,
                                            .grad_down_proj = down.data,
@@ -152,8 +171,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
                                            .grad_topk_weights = weights.data,
                                            .grad_output = grad.data(),
                                            .pre_activation = recompute ? nullptr : saved.data(),
+                                           .accumulate = wanted.gate_up_proj != nullptr,
                                            .layer = tensors.layer()}));
   return {tokens.tensor, gate_up.tensor, down.tensor, weights.tensor, bias1.tensor, bias2.tensor};
+}
+
+template <typename Device>
+ExpertsGradients experts_backward(const Tensor& grad_output, const Tensor& hidden_states, const Tensor& pre_activation,
+                                  const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& topk_weights,
+                                  const Tensor& expert_offsets, const Tensor& row_to_slot, const Tensor& slot_to_row,
+                                  const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
+                                  const std::string& activation, const std::string& gate_layout,
+                                  const std::string& weight_layout, double alpha, std::optional<double> limit,
+                                  double up_offset, bool needs_hidden_states, bool needs_projections,
+                                  bool needs_topk_weights, bool needs_biases) {
+  const WantedGradients wanted{needs_hidden_states, needs_projections, needs_topk_weights, needs_biases};
+  return experts_gradients<Device>(Op("experts_backward", hidden_states), wanted, grad_output, hidden_states,
+                                   pre_activation, gate_up_proj, down_proj, topk_weights, expert_offsets, row_to_slot,
+                                   slot_to_row, gate_up_bias, down_bias, activation, gate_layout, weight_layout, alpha,
+                                   limit, up_offset);
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward_(
+    const Tensor& grad_gate_up_proj, const Tensor& grad_down_proj, const Tensor& grad_output,
+    const Tensor& hidden_states, const Tensor& pre_activation, const Tensor& gate_up_proj, const Tensor& down_proj,
+    const Tensor& topk_weights, const Tensor& expert_offsets, const Tensor& row_to_slot, const Tensor& slot_to_row,
+    const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias, const std::string& activation,
+    const std::string& gate_layout, const std::string& weight_layout, double alpha, std::optional<double> limit,
+    double up_offset, bool needs_hidden_states, bool needs_topk_weights, bool needs_biases) {
+  const WantedGradients wanted{needs_hidden_states, true,           needs_topk_weights, needs_biases,
+                               &grad_gate_up_proj,  &grad_down_proj};
+  const auto [tokens, gate_up, down, weights, bias1, bias2] = experts_gradients<Device>(
+      Op("experts_backward_", hidden_states), wanted, grad_output, hidden_states, pre_activation, gate_up_proj,
+      down_proj, topk_weights, expert_offsets, row_to_slot, slot_to_row, gate_up_bias, down_bias, activation,
+      gate_layout, weight_layout, alpha, limit, up_offset);
+  return {tokens, weights, bias1, bias2};
 }
 
 }  // namespace moe

@@ -47,25 +47,38 @@ Tensor grouped_gemm(const Tensor& rows, const Tensor& weight, const Tensor& expe
   return output;
 }
 
+// `existing`: the gradient to add to, or none.
 template <typename Device>
-Tensor grouped_gemm_wgrad(const Tensor& lhs, const Tensor& rhs, const Tensor& expert_offsets) {
-  const Op op("grouped_gemm_wgrad", lhs);
+Tensor wgrad(const Op& op, const Tensor& lhs, const Tensor& rhs, const Tensor& expert_offsets, const Tensor* existing) {
   const Argument left = op.argument("lhs", lhs).rank(2, "[num_rows, m]").floating();
   const Argument right = op.argument("rhs", rhs).rank(2, "[num_rows, n]").type(scalar_type(left.dtype()));
   right.shape({left.size(0), right.size(1)}, "[num_rows, n], with the num_rows of lhs");
   const Argument offsets = check_offsets(op, expert_offsets);
   const int64_t num_experts = offsets.size(0) - 1, m = left.size(1), n = right.size(1);
-  Tensor output = op.empty({num_experts, m, n}, scalar_type(left.dtype()));
-  op.check(Device::run(GroupedGemmWgradArgs{.output = output.mutable_data_ptr(),
-                                            .lhs = left.data(),
-                                            .rhs = right.data(),
-                                            .expert_offsets = offsets.data<int32_t>(),
-                                            .num_rows = left.size(0),
-                                            .num_experts = num_experts,
-                                            .m = m,
-                                            .n = n,
-                                            .dtype = left.dtype()}));
+  const ScalarType type = scalar_type(left.dtype());
+  Tensor output = existing ? *existing : op.empty({num_experts, m, n}, type);
+  op.check(Device::run(GroupedGemmWgradArgs{
+      .output = op.output("grad", output).shape({num_experts, m, n}, "[num_experts, m, n]").type(type).mutable_data(),
+      .lhs = left.data(),
+      .rhs = right.data(),
+      .expert_offsets = offsets.data<int32_t>(),
+      .num_rows = left.size(0),
+      .num_experts = num_experts,
+      .m = m,
+      .n = n,
+      .dtype = left.dtype(),
+      .accumulate = existing != nullptr}));
   return output;
+}
+
+template <typename Device>
+Tensor grouped_gemm_wgrad(const Tensor& lhs, const Tensor& rhs, const Tensor& expert_offsets) {
+  return wgrad<Device>(Op("grouped_gemm_wgrad", lhs), lhs, rhs, expert_offsets, nullptr);
+}
+
+template <typename Device>
+void grouped_gemm_wgrad_(const Tensor& grad, const Tensor& lhs, const Tensor& rhs, const Tensor& expert_offsets) {
+  wgrad<Device>(Op("grouped_gemm_wgrad_", lhs), lhs, rhs, expert_offsets, &grad);
 }
 
 template <typename Device>

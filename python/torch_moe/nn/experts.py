@@ -32,7 +32,7 @@ class Experts(nn.Module):
         Add biases to both projections.
     gate_layout, alpha, limit, up_offset
         As in :func:`torch_moe.ops.activation`.
-    weight_layout, weight_position, recompute, dropout, expert_dropout
+    weight_layout, weight_position, recompute, accumulate, dropout, expert_dropout
         As in :class:`torch_moe.ExpertsConfig`.
     device, dtype
         Of the parameters.
@@ -63,6 +63,7 @@ class Experts(nn.Module):
         up_offset: float = 0.0,
         weight_position: str = "output",
         recompute: bool = False,
+        accumulate: bool = False,
         dropout: float = 0.0,
         expert_dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -82,6 +83,7 @@ class Experts(nn.Module):
             up_offset=up_offset,
             weight_position=weight_position,  # type: ignore[arg-type]
             recompute=recompute,
+            accumulate=accumulate,
             dropout=dropout,
             expert_dropout=expert_dropout,
         )
@@ -96,6 +98,7 @@ class Experts(nn.Module):
         self.up_offset = up_offset
         self.weight_position = weight_position
         self.recompute = recompute
+        self.accumulate = accumulate
         self.dropout = dropout
         self.expert_dropout = expert_dropout
 
@@ -178,6 +181,7 @@ class Experts(nn.Module):
             limit=self.limit,
             up_offset=self.up_offset,
             recompute=self.recompute,
+            accumulate=self.accumulate,
         )
 
     def _forward_with_dropout(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan) -> Tensor:
@@ -210,4 +214,5 @@ class Experts(nn.Module):
         if self.expert_dropout > 0:
             text += f", expert_dropout={self.expert_dropout}"
         text += ", weight_position=input" if self.weight_position == "input" else ""
-        return text + (", recompute=True" if self.recompute else "")
+        text += ", recompute=True" if self.recompute else ""
+        return text + (", accumulate=True" if self.accumulate else "")

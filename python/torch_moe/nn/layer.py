@@ -14,7 +14,7 @@ from torch_moe.nn.router import RouterOutput, TopKRouter
 
 _EXPERTS_OPTIONS = {field.name for field in fields(ExpertsConfig)}
 # What the shared experts do not take over from the routed ones.
-_ROUTED_ONLY = {"weight_layout", "weight_position", "recompute", "dropout", "expert_dropout"}
+_ROUTED_ONLY = {"weight_layout", "weight_position", "recompute", "accumulate", "dropout", "expert_dropout"}
 
 
 class Routing(NamedTuple):

@@ -25,6 +25,7 @@ def experts(
     limit: float | None = None,
     up_offset: float = 0.0,
     recompute: bool = False,
+    accumulate: bool = False,
 ) -> Tensor:
     r"""Send each token through its experts' feed-forward networks and sum by weight.
 
@@ -32,8 +33,10 @@ def experts(
     :math:`A_r = \mathrm{act}(H_r)`, :math:`Y_r = W^2_e A_r + b^2_e`; a token's output is the sum of its
     :math:`w_r Y_r`. Differentiable in everything but the plan; an expert without rows gets an exactly zero
     gradient. For the backward only ``hidden_states``, the pre-activation :math:`H`, ``topk_weights``, the plan and
-    references to the parameters are kept. Under autocast, ``hidden_states`` and the parameters are cast to the
-    autocast dtype; ``topk_weights`` stay fp32.
+    references to the parameters are kept. In inference the operator takes, beside its output, at most
+    ``1.25 * num_rows * intermediate_size`` elements and a few MiB per thread: the activations between the two GEMMs,
+    and packed blocks that threads keep for the next call. Under autocast, ``hidden_states`` and the parameters are
+    cast to the autocast dtype; ``topk_weights`` stay fp32.
 
     Parameters
     ----------
@@ -59,6 +62,11 @@ def experts(
     recompute : bool, default=False
         Keep no pre-activation; the backward computes it again: one more GEMM, ``num_rows * 2 * intermediate_size``
         elements less.
+    accumulate : bool, default=False
+        Let the backward add the gradients of ``gate_up_proj`` and ``down_proj`` to their ``.grad`` in place, where both
+        are leaves that have one of their dtype: the gradient of a micro-batch is then never stored by itself.
+        Autograd does not see these additions: hooks on the parameters' gradients get None, so it is not for what
+        relies on them (DDP, FSDP). Without effect in a compiled graph and under autocast.
 
     Returns
     -------
@@ -96,6 +104,7 @@ def experts(
         limit=limit,
         up_offset=up_offset,
         save_pre_activation=needs_grad and not recompute,
+        accumulate=accumulate,
     )[0]
     return output
 
@@ -123,6 +132,10 @@ def _(
     return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty((num_rows, width))
 
 
+def _empty_gradient(like: Tensor, of: Tensor | None, needed: bool) -> Tensor:
+    return like.new_empty((0,)) if of is None or not needed else of.new_empty(of.shape)
+
+
 @register_fake("experts_backward")
 def _(
     grad_output: Tensor,
@@ -143,18 +156,42 @@ def _(
     needs_biases: bool,
     **options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def grad(of: Tensor | None, needed: bool) -> Tensor:
-        if of is None or not needed:
-            return hidden_states.new_empty((0,))
-        return of.new_empty(of.shape)
-
     return (
-        grad(hidden_states, needs_hidden_states),
-        grad(gate_up_proj, needs_projections),
-        grad(down_proj, needs_projections),
-        grad(topk_weights, needs_topk_weights),
-        grad(gate_up_bias, needs_biases),
-        grad(down_bias, needs_biases),
+        _empty_gradient(hidden_states, hidden_states, needs_hidden_states),
+        _empty_gradient(hidden_states, gate_up_proj, needs_projections),
+        _empty_gradient(hidden_states, down_proj, needs_projections),
+        _empty_gradient(hidden_states, topk_weights, needs_topk_weights),
+        _empty_gradient(hidden_states, gate_up_bias, needs_biases),
+        _empty_gradient(hidden_states, down_bias, needs_biases),
+    )
+
+
+@register_fake("experts_backward_")
+def _(
+    grad_gate_up_proj: Tensor,
+    grad_down_proj: Tensor,
+    grad_output: Tensor,
+    hidden_states: Tensor,
+    pre_activation: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    *,
+    needs_hidden_states: bool,
+    needs_topk_weights: bool,
+    needs_biases: bool,
+    **options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        _empty_gradient(hidden_states, hidden_states, needs_hidden_states),
+        _empty_gradient(hidden_states, topk_weights, needs_topk_weights),
+        _empty_gradient(hidden_states, gate_up_bias, needs_biases),
+        _empty_gradient(hidden_states, down_bias, needs_biases),
     )
 
 
@@ -165,22 +202,43 @@ def _setup_context(
     pre_activation = output[1]
     ctx.mark_non_differentiable(pre_activation)
     ctx.save_for_backward(hidden_states, pre_activation, *rest)
-    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "save_pre_activation"}
+    ctx.accumulate = keyword_only_inputs["accumulate"]
+    ctx.options = {
+        name: value for name, value in keyword_only_inputs.items() if name not in ("save_pre_activation", "accumulate")
+    }
+
+
+def _can_accumulate(parameter: Tensor) -> bool:
+    """Tell whether a gradient may be added to the parameter's own, unseen by autograd."""
+    grad = parameter.grad if parameter.is_leaf else None
+    return (
+        grad is not None
+        and grad.dtype == parameter.dtype
+        and grad.is_contiguous()
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    )
 
 
 def _backward(ctx: Context, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     # The dispatcher leaves out trailing arguments that equal their defaults, biases of None.
     needs_input_grad = (*ctx.needs_input_grad, False, False)[:9]
     hidden, gate_up, down, weights, _, _, _, gate_up_bias, down_bias = needs_input_grad
-    grads = torch.ops.moe.experts_backward(
-        grad_output,
-        *ctx.saved_tensors,
+    options = {
         **ctx.options,
-        needs_hidden_states=hidden,
-        needs_projections=gate_up or down,
-        needs_topk_weights=weights,
-        needs_biases=gate_up_bias or down_bias,
-    )
+        "needs_hidden_states": hidden,
+        "needs_topk_weights": weights,
+        "needs_biases": gate_up_bias or down_bias,
+    }
+    saved = ctx.saved_tensors
+    projections = saved[2:4]
+    if ctx.accumulate and gate_up and down and all(map(_can_accumulate, projections)):
+        gate_up = down = False  # as autograd sees it: nothing is returned for them
+        existing = [parameter.grad for parameter in projections]
+        grad_hidden, *rest = torch.ops.moe.experts_backward_(*existing, grad_output, *saved, **options)
+        grads = [grad_hidden, None, None, *rest]
+    else:
+        needs_projections = gate_up or down
+        grads = torch.ops.moe.experts_backward(grad_output, *saved, **options, needs_projections=needs_projections)
     needed = (hidden, gate_up, down, weights, gate_up_bias, down_bias)
     grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     return *grads[:4], None, None, None, *grads[4:]

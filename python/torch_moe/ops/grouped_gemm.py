@@ -79,6 +79,11 @@ def _(lhs: Tensor, rhs: Tensor, expert_offsets: Tensor) -> Tensor:
     return lhs.new_empty((expert_offsets.shape[0] - 1, lhs.shape[1], rhs.shape[1]))
 
 
+@register_fake("grouped_gemm_wgrad_")
+def _(grad: Tensor, lhs: Tensor, rhs: Tensor, expert_offsets: Tensor) -> None:
+    check_rank("grouped_gemm_wgrad_", "grad", grad, 3)
+
+
 @register_fake("grouped_gemm_bgrad")
 def _(grad_output: Tensor, expert_offsets: Tensor) -> Tensor:
     check_rank("grouped_gemm_bgrad", "grad_output", grad_output, 2)
