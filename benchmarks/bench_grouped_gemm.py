@@ -52,7 +52,7 @@ def main() -> None:
         seconds = timings[str(rows)].median
         by_memory = work.bytes / machine.read_gbytes > work.flops / machine.gflops
         print(
-            f"{rows:>5} {_C.kernel(rows, args.layout):<17} {1e3 * seconds:>8.2f} {flops / seconds / 1e9:>8.1f} "
+            f"{rows:>5} {_C.kernel(rows, args.layout, str(dtype).removeprefix('torch.')):<17} {1e3 * seconds:>8.2f} {flops / seconds / 1e9:>8.1f} "
             f"{100 * work.floor(machine) / seconds:>10.1f} {'memory' if by_memory else 'FMAs':>9}"
         )
 

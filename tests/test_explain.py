@@ -20,11 +20,19 @@ def test_names_build_isa_threads_and_dtypes():
     assert all(name in text for name in ("float32", "bfloat16", "float16", "float64"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("weight_layout", ["out_in", "in_out"])
-def test_names_the_kernel_of_each_number_of_rows(weight_layout):
-    lines = torch_moe.explain([3, 200], weight_layout).splitlines()[-2:]
+def test_names_the_kernel_of_each_number_of_rows(weight_layout, dtype):
+    lines = torch_moe.explain([3, 200], weight_layout, getattr(torch, dtype)).splitlines()[-2:]
     for rows, line in zip((3, 200), lines, strict=True):
-        assert line == f"grouped_gemm, {rows} rows, {weight_layout}: {_C.kernel(rows, weight_layout)}"
+        assert line == f"grouped_gemm, {rows} rows, {weight_layout}, {dtype}: {_C.kernel(rows, weight_layout, dtype)}"
+
+
+def test_matrix_units_are_for_bfloat16(isa):
+    assert (_C.kernel(64, "out_in", "bfloat16") == "tiles") == (isa == "amx")
+    assert _C.kernel(64, "out_in", "float16") == "tokens_in_lanes"
+    with pytest.raises(ValueError, match="kernel: dtype must be .*got 'int8'"):
+        _C.kernel(64, "out_in", "int8")
 
 
 def test_follows_the_isa(isa):

@@ -46,7 +46,7 @@ class DownBackwardWorker {
     const auto& [rows, block, begin, count] = units_[index];
     const Weight<Storage> weight = transposed(experts_.down_proj(rows.expert));
     if (loaded_ != rows.first) {
-      gemm_.load_rows(args_.grad_rows + rows.first, rows.rows, experts_.hidden, choose_gemm(weight.layout, rows.rows));
+      gemm_.load_rows(args_.grad_rows + rows.first, rows.rows, experts_.hidden, weight.layout);
       loaded_ = rows.first;
     }
     gemm_.multiply(weight, Columns{{begin, 0}, count, 1}, c_, kColumnsPerUnit);

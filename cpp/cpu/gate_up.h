@@ -38,8 +38,7 @@ class GateUpWorker {
     const auto& [rows, block, begin, count] = units_[index];
     const Weight<Storage> weight = experts_.gate_up_proj(rows.expert);
     if (loaded_ != rows.first) {
-      gemm_.load_rows(args_.hidden_rows + rows.first, rows.rows, experts_.hidden,
-                      choose_gemm(weight.layout, rows.rows));
+      gemm_.load_rows(args_.hidden_rows + rows.first, rows.rows, experts_.hidden, weight.layout);
       loaded_ = rows.first;
     }
     const Columns columns = experts_.layout.columns(begin, count);

@@ -50,7 +50,7 @@ class Worker {
   void run(int64_t index) {
     const auto& [rows, block, begin, count] = units_[index];
     if (loaded_ != rows.first) {
-      gemm_.load_rows(rows_ + rows.first, rows.rows, args_.k, choose_gemm(args_.weight_layout, rows.rows));
+      gemm_.load_rows(rows_ + rows.first, rows.rows, args_.k, args_.weight_layout);
       loaded_ = rows.first;
     }
     const Columns columns{{begin, 0}, count, 1};

@@ -38,6 +38,14 @@ moe::WeightLayout parse_weight_layout(const std::string& name) {
   throw py::value_error("kernel: weight_layout must be out_in or in_out, got '" + name + "'");
 }
 
+moe::DType parse_dtype(const std::string& name) {
+  if (name == "float32") return moe::DType::kFloat32;
+  if (name == "bfloat16") return moe::DType::kBFloat16;
+  if (name == "float16") return moe::DType::kFloat16;
+  if (name == "float64") return moe::DType::kFloat64;
+  throw py::value_error("kernel: dtype must be float32, bfloat16, float16 or float64, got '" + name + "'");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -50,10 +58,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("name"), "Uses another instruction set from now on: for tests.");
   m.def(
       "kernel",
-      [](int64_t rows, const std::string& weight_layout) {
-        return moe::gemm_kernel_name(parse_weight_layout(weight_layout), rows);
+      [](int64_t rows, const std::string& weight_layout, const std::string& dtype) {
+        return moe::gemm_kernel_name(parse_weight_layout(weight_layout), rows, parse_dtype(dtype));
       },
-      py::arg("rows"), py::arg("weight_layout"), "The GEMM kernel that an expert with this many rows takes.");
+      py::arg("rows"), py::arg("weight_layout"), py::arg("dtype") = "float32",
+      "The GEMM kernel that an expert with this many rows takes, when the contracted width is a multiple of 32.");
   m.def(
       "fma_rate",
       [](bool fp64, double seconds) {

@@ -10,7 +10,11 @@ from torch_moe import _C
 
 
 def explain(
-    rows_per_expert: Iterable[int] = (1, 8, 64, 512), weight_layout: str = "out_in", *, model: nn.Module | None = None
+    rows_per_expert: Iterable[int] = (1, 8, 64, 512),
+    weight_layout: str = "out_in",
+    dtype: torch.dtype = torch.float32,
+    *,
+    model: nn.Module | None = None,
 ) -> str:
     """Tell how this build computes on this machine.
 
@@ -20,6 +24,9 @@ def explain(
         Rows an expert might get, ``Plan.tokens_per_expert``: the GEMM kernel depends on them.
     weight_layout : {"out_in", "in_out"}, default="out_in"
         How the weights are stored.
+    dtype : torch.dtype, default=torch.float32
+        Of the layer: bfloat16 runs on matrix units where the processor has them and the contracted width is a multiple
+        of 32.
     model : Module, default=None
         A model of transformers: also tell which of its experts run on torch-moe, fused or not, and why.
 
@@ -39,7 +46,10 @@ def explain(
     forced = os.environ.get("MOE_ISA", _C.isa())
     if forced not in _C.available_isas():
         lines.append(f"MOE_ISA={forced} was ignored: this build or this processor has no such instruction set")
-    lines += [f"grouped_gemm, {m} rows, {weight_layout}: {_C.kernel(m, weight_layout)}" for m in rows_per_expert]
+    name = str(dtype).removeprefix("torch.")
+    lines += [
+        f"grouped_gemm, {m} rows, {weight_layout}, {name}: {_C.kernel(m, weight_layout, name)}" for m in rows_per_expert
+    ]
     if model is not None:
         from torch_moe.integrations import transformers as engine  # an integration is imported by those who use it
 

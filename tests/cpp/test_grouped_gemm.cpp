@@ -57,14 +57,18 @@ template <typename T>
 void check_weight_gradients(const std::vector<int32_t>& expert_offsets, int64_t rows, int64_t m, int64_t n) {
   const int64_t num_experts = static_cast<int64_t>(expert_offsets.size()) - 1;
   const auto lhs = random_values<T>(rows * m, 1), rhs = random_values<T>(rows * n, 2);
-  const auto [wgrad, bgrad] = run_on_pools([&](const ThreadPool& pool) {
+  const auto [wgrad, added, bgrad] = run_on_pools([&](const ThreadPool& pool) {
     auto wgrad = unwritten<T>(num_experts * m * n), bgrad = unwritten<T>(num_experts * m);
+    std::vector<T> added(wgrad.size(), narrow<T>(Wide<T>(0.5)));
+    CHECK(grouped_gemm_wgrad_cpu(
+              {added.data(), lhs.data(), rhs.data(), expert_offsets.data(), rows, num_experts, m, n, kDType<T>, true},
+              pool) == Status::kOk);
     CHECK(grouped_gemm_wgrad_cpu(
               {wgrad.data(), lhs.data(), rhs.data(), expert_offsets.data(), rows, num_experts, m, n, kDType<T>},
               pool) == Status::kOk);
     CHECK(grouped_gemm_bgrad_cpu({bgrad.data(), lhs.data(), expert_offsets.data(), rows, num_experts, m, kDType<T>},
                                  pool) == Status::kOk);
-    return std::tuple(wgrad, bgrad);
+    return std::tuple(wgrad, added, bgrad);
   });
   const auto offsets = segments(expert_offsets, rows);
   for (int64_t e = 0; e < num_experts; ++e) {
@@ -78,7 +82,12 @@ void check_weight_gradients(const std::vector<int32_t>& expert_offsets, int64_t 
           sum.add(static_cast<double>(widen(lhs[r * m + i])) * widen(rhs[r * n + j]));
         }
         CHECK(is_close(wgrad[(e * m + i) * n + j], sum));
-        if (offsets[e] == offsets[e + 1]) CHECK(widen(wgrad[(e * m + i) * n + j]) == 0);
+        if (offsets[e] == offsets[e + 1]) {
+          CHECK(widen(wgrad[(e * m + i) * n + j]) == 0);
+          CHECK(widen(added[(e * m + i) * n + j]) == Wide<T>(0.5));
+        }
+        sum.add(0.5);
+        CHECK(is_close(added[(e * m + i) * n + j], sum));
       }
     }
   }

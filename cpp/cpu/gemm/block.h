@@ -2,11 +2,12 @@
 //
 //   c[i, j] = sum over x < k of rows[i][x] * weight(j, x)
 //
-// Three ways, chosen by the layout of the weight and the number of rows alone, so that a result never depends on how
+// Four ways, chosen by the sizes, the type and the layout of the weight alone, so that a result never depends on how
 // the work was cut or on who did it (each c[i, j] is summed in the same order in every tile):
 //   kDot             out_in, few rows: dot products along k, straight on the weight
 //   kTokensInLanes   out_in, many rows: rows are packed, transposed, once; weight elements are broadcast, unpacked
 //   kColumnsInLanes  in_out: a panel of the weight is packed; row elements are broadcast
+//   kTiles           bf16 on matrix units, either layout, k a multiple of 32: what is not the left factor is packed
 #pragma once
 
 #include <algorithm>
@@ -19,12 +20,13 @@
 
 namespace moe {
 
-enum class GemmKernel : int8_t { kDot, kTokensInLanes, kColumnsInLanes };
+enum class GemmKernel : int8_t { kDot, kTokensInLanes, kColumnsInLanes, kTiles };
 
 // The most rows that dot products serve better than packed panels; benchmarks/bench_grouped_gemm.py shows both sides.
 inline constexpr int64_t kMaxDotProductRows = 24;
 
-inline GemmKernel choose_gemm(WeightLayout layout, int64_t rows) {
+inline GemmKernel choose_gemm(WeightLayout layout, int64_t rows, bool matrix_units) {
+  if (matrix_units && (layout == WeightLayout::kInOut || rows > kMaxDotRows)) return GemmKernel::kTiles;
   if (layout == WeightLayout::kInOut) return GemmKernel::kColumnsInLanes;
   return rows <= kMaxDotProductRows ? GemmKernel::kDot : GemmKernel::kTokensInLanes;
 }
@@ -83,11 +85,12 @@ class BlockGemm {
   }
 
   // Makes m rows of width k ready for any number of calls of multiply. The pointers are not kept; the rows are.
-  void load_rows(const Storage* const* rows, int64_t m, int64_t k, GemmKernel kernel) {
+  void load_rows(const Storage* const* rows, int64_t m, int64_t k, WeightLayout layout) {
     m_ = m;
     k_ = k;
-    kernel_ = kernel;
-    if (kernel == GemmKernel::kTokensInLanes) {
+    kernel_ = choose_gemm(layout, m, kernels_.matrix_units != nullptr && k % MatrixUnits::kDepth == 0);
+    if (kernel_ == GemmKernel::kTiles) return load_tile_rows(rows, layout);
+    if (kernel_ == GemmKernel::kTokensInLanes) {
       vectors_ = ceil_div(m, kernels_.lanes);
       panels_ = ceil_div(vectors_, kernels_.tile_vectors);
       for (int64_t p = 0; p < panels_; ++p) {
@@ -96,7 +99,7 @@ class BlockGemm {
       }
       return;
     }
-    if (kernel == GemmKernel::kDot) return pack_dot_rows(rows);
+    if (kernel_ == GemmKernel::kDot) return pack_dot_rows(rows);
     for (int64_t i = 0; i < m; ++i) {
       if constexpr (std::is_same_v<Storage, Real>) {
         real_rows_[i] = rows[i];
@@ -125,6 +128,9 @@ class BlockGemm {
         case GemmKernel::kColumnsInLanes:
           multiply_columns_in_lanes(weight, columns.begin[run], columns.count, out, ldc);
           break;
+        case GemmKernel::kTiles:
+          multiply_tiles(weight, columns.begin[run], columns.count, out, ldc);
+          break;
       }
     }
   }
@@ -135,10 +141,12 @@ class BlockGemm {
   // Contracted elements at a time. Of dot products: so many that a block of all rows stays in the first-level cache,
   // beside a few rows of the weight. Of rows of the weight that are widened first: the same, for one tile's rows.
   static constexpr int64_t kDepth = 512, kColumnsDepth = 128;
+  static constexpr int64_t kTilesDepth = 2 * kColumnsDepth;  // of half the width
 
   static int64_t packed_size(const Kernels<Storage>& kernels, int64_t padded_rows, int64_t k) {
     const int64_t dot_rows = std::min(padded_rows, kMaxDotProductRows);
-    return std::max(padded_rows * k, dot_rows * (k + ceil_div(k, kDepth) * (kernels.dot_step + kernels.lanes)));
+    return std::max(padded_rows * (k + MatrixUnits::kDepth),
+                    dot_rows * (k + ceil_div(k, kDepth) * (kernels.dot_step + kernels.lanes)));
   }
   static int64_t staged_size(const Kernels<Storage>& kernels, int64_t columns) {
     const int64_t panel = kernels.panel();
@@ -273,6 +281,45 @@ class BlockGemm {
           for (int64_t x = 0; x < rows; ++x) a[x] = real_rows_[first + x] + k0;
           kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), a, panel, widest, depth,
                          c + first * ldc + j, ldc, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
+        }
+      }
+    }
+  }
+
+  // out_in: the rows are packed as the right factor of c^T = W rows^T. in_out: they are copied as the left one.
+  void load_tile_rows(const Storage* const* rows, WeightLayout layout) {
+    if constexpr (std::is_same_v<Storage, BFloat16>) {
+      BFloat16* packed = reinterpret_cast<BFloat16*>(packed_);
+      if (layout == WeightLayout::kOutIn) return kernels_.matrix_units->pack_columns(rows, m_, k_, packed);
+      for (int64_t i = 0; i < m_; ++i) std::copy_n(rows[i], k_, packed + i * tile_row_size());
+    }
+  }
+  // NOTE: one cache line more than it need be, for the same reason as in dot_row_size.
+  int64_t tile_row_size() const { return k_ + MatrixUnits::kDepth; }
+
+  void multiply_tiles(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
+    if constexpr (std::is_same_v<Storage, BFloat16>) {
+      constexpr int64_t kRows = MatrixUnits::kRows, kGroup = MatrixUnits::kColumns;
+      const MatrixUnits& units = *kernels_.matrix_units;
+      const BFloat16* packed = reinterpret_cast<const BFloat16*>(packed_);
+      if (weight.layout == WeightLayout::kOutIn) {
+        const int64_t groups = ceil_div(m_, kGroup), ld = groups * kGroup;
+        for (int64_t j = 0; j < count; j += kRows) {
+          units.multiply(weight.data + (begin + j) * k_, k_, std::min(kRows, count - j), packed, groups, k_,
+                         transposed_ + j * ld, ld, false);
+        }
+        return kernels_.transpose(transposed_, ld, count, m_, c, ldc);
+      }
+      // A strip of the weight at a time is the right factor.
+      BFloat16* strip = reinterpret_cast<BFloat16*>(staged_);
+      const Storage* w[kTilesDepth];
+      for (int64_t k0 = 0; k0 < k_; k0 += kTilesDepth) {
+        const int64_t depth = std::min(kTilesDepth, k_ - k0);
+        for (int64_t x = 0; x < depth; ++x) w[x] = weight.data + (k0 + x) * weight.n + begin;
+        units.pack_rows(w, depth, count, depth * kGroup, strip);
+        for (int64_t i = 0; i < m_; i += kRows) {
+          units.multiply(packed + i * tile_row_size() + k0, tile_row_size(), std::min(kRows, m_ - i), strip,
+                         ceil_div(count, kGroup), depth, c + i * ldc, ldc, k0 > 0);
         }
       }
     }

@@ -1,6 +1,10 @@
 // Which instruction set is in use: asked of the processor once, forced by MOE_ISA, inspectable.
 #include <atomic>
 #include <cstdlib>
+#if defined(MOE_HAVE_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "gemm/block.h"
 #include "gemm/kernels.h"
@@ -30,6 +34,20 @@ struct Isa {
   const Kernels<Float16>& (*fp16)();
   const Kernels<double>& (*fp64)();
 };
+
+#if defined(MOE_HAVE_AMX)
+// The processor's word is not enough: Linux enables the tiles' registers for those who ask.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bw") &&
+                                syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+#endif
 
 constexpr Isa kIsas[] = {
 #define MOE_KERNELS(name, condition)               \
@@ -95,14 +113,17 @@ bool set_isa(std::string_view name) {
   return true;
 }
 
-std::string_view gemm_kernel_name(WeightLayout layout, int64_t rows) {
-  switch (choose_gemm(layout, rows)) {
+std::string_view gemm_kernel_name(WeightLayout layout, int64_t rows, DType dtype) {
+  const bool matrix_units = dtype == DType::kBFloat16 && kernels<BFloat16>().matrix_units != nullptr;
+  switch (choose_gemm(layout, rows, matrix_units)) {
     case GemmKernel::kDot:
       return "dot";
     case GemmKernel::kTokensInLanes:
       return "tokens_in_lanes";
     case GemmKernel::kColumnsInLanes:
       return "columns_in_lanes";
+    case GemmKernel::kTiles:
+      return "tiles";
   }
   return "";
 }

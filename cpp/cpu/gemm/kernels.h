@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "convert.h"
+#include "gemm/matrix_units.h"
 #include "moe/activation.h"
 
 namespace moe {
@@ -83,6 +84,8 @@ struct Kernels {
 
   // x *= s
   void (*scale)(Real s, int64_t n, Real* x);
+
+  const MatrixUnits* matrix_units = nullptr;  // of BFloat16 only, where the processor has them
 
   // For the machine's floor. `repeats` rounds of independent FMAs, one per accumulator; returns how many numbers'
   // worth.

@@ -76,18 +76,18 @@ class WgradWorker {
       return;
     }
     // 1. lhs^T of the unit, [count, rows]: the rows of p.
-    const int64_t ld = ceil_div(rows, kernels_.lanes) * kernels_.lanes;
     for (int64_t r = 0; r < rows; ++r) pointers_[r] = args_.lhs[first + r] + unit.begin;
-    kernels_.pack_transposed(pointers_, rows, unit.count, ld, packed_);
+    const int64_t ld = pack_lhs(rows, unit.count);
     // 2. A strip of rhs at a time, packed into panels.
-    const int64_t strip = strip_of(std::min(rows, kRowsBlock));
+    const int64_t strip = strip_of(std::clamp(rows, MatrixUnits::kDepth, kRowsBlock));
     for (int64_t j = 0; j < args_.n; j += strip) {
       const int64_t columns = std::min(strip, args_.n - j);
       for (int64_t r0 = 0; r0 < rows; r0 += kRowsBlock) {
         const int64_t depth = std::min(kRowsBlock, rows - r0);
         for (int64_t r = 0; r < depth; ++r) pointers_[r] = args_.rhs[first + r0 + r] + j;
-        kernels_.pack(pointers_, depth, columns, kernels_.panel(), panels_);
-        add_products({output + j, unit.count, columns}, packed_ + r0, ld, depth, {r0 == 0, r0 + depth == rows});
+        const Strip out{output + j, unit.count, columns};
+        const DotPart part{r0 == 0, r0 + depth == rows};
+        kernels_.matrix_units ? add_tiles(out, r0, ld, depth, part) : add_products(out, packed_ + r0, ld, depth, part);
       }
     }
     if (streams_) kernels_.finish_streams();
@@ -111,7 +111,7 @@ class WgradWorker {
     return std::max<int64_t>(kStripElements / (depth * panel), 1) * panel;
   }
   static int64_t tile_size(const Kernels<Storage>& kernels) {
-    return kMostCount * std::max<int64_t>(kStripElements / kRowsBlock, kernels.panel());
+    return (kMostCount + MatrixUnits::kRows) * std::max<int64_t>(kStripElements / kRowsBlock, kernels.panel());
   }
 
   bool can_stream() const {
@@ -135,11 +135,59 @@ class WgradWorker {
     return std::max(kPackedElements, kStep * rows) + kMostCount * kernels.lanes;  // each packed row is padded to lanes
   }
 
+  // lhs^T of the rows at pointers_, [count, rows]; returns how far its rows are apart.
+  int64_t pack_lhs(int64_t rows, int64_t count) {
+    if constexpr (std::is_same_v<Storage, BFloat16>) {
+      if (kernels_.matrix_units) {
+        const int64_t ld = ceil_div(rows, MatrixUnits::kDepth) * MatrixUnits::kDepth;
+        kernels_.matrix_units->pack_transposed(pointers_, rows, count, reinterpret_cast<BFloat16*>(packed_), ld);
+        return ld;
+      }
+    }
+    const int64_t ld = ceil_div(rows, kernels_.lanes) * kernels_.lanes;
+    kernels_.pack_transposed(pointers_, rows, count, ld, packed_);
+    return ld;
+  }
+
+  // Where the sums of output[i, j ..) are kept until they are finished: those of one block of rows are, at once.
+  struct Sums {
+    Real* data;
+    int64_t ld;
+  };
+  Sums sums_at(const Strip& strip, int64_t i, int64_t j, DotPart part) const {
+    const int64_t widest = kernels_.panel(), ld = ceil_div(strip.columns, widest) * widest;
+    return part.first && part.last ? Sums{tile_, widest} : Sums{tile_ + i * ld + j, ld};
+  }
+
+  // The strip (+)= sum over `depth` rows from r0, at pointers_, on matrix units. `part` as in add_products.
+  void add_tiles(const Strip& strip, int64_t r0, int64_t ld, int64_t depth, DotPart part) {
+    if constexpr (std::is_same_v<Storage, BFloat16>) {
+      constexpr int64_t kRows = MatrixUnits::kRows, kGroup = MatrixUnits::kColumns;
+      const int64_t padded = ceil_div(depth, MatrixUnits::kDepth) * MatrixUnits::kDepth, widest = kernels_.panel();
+      const BFloat16* lhs = reinterpret_cast<const BFloat16*>(packed_) + r0;
+      BFloat16* rhs = reinterpret_cast<BFloat16*>(panels_);
+      kernels_.matrix_units->pack_rows(pointers_, depth, strip.columns, padded * kGroup, rhs);
+      for (int64_t i = 0; i < strip.rows; i += kRows) {
+        const int64_t rows = std::min(kRows, strip.rows - i);
+        for (int64_t j = 0; j < strip.columns; j += widest) {
+          const int64_t used = std::min(widest, strip.columns - j);
+          const Sums sums = sums_at(strip, i, j, part);
+          kernels_.matrix_units->multiply(lhs + i * ld, ld, rows, rhs + j * padded, ceil_div(used, kGroup), padded,
+                                          sums.data, sums.ld, !part.first);
+          for (int64_t x = 0; part.last && x < rows; ++x) {
+            finish_row(sums.data + x * sums.ld, used, strip.output + (i + x) * args_.n + j);
+          }
+        }
+      }
+    }
+  }
+
   // The strip (+)= sum over depth of p[i][r] * panels[r, :], a few output rows at a time, from end to end. `part`:
   // which rows of the expert these are; the tile holds the sums until the last ones have been added.
   void add_products(const Strip& strip, const Real* p, int64_t ld, int64_t depth, DotPart part) {
     const int64_t widest = kernels_.panel(), step = kernels_.tile_rows(kernels_.tile_vectors);
     const Real* row[kMaxTileRows];
+    kernels_.pack(pointers_, depth, strip.columns, widest, panels_);
     for (int64_t i = 0; i < strip.rows; i += step) {
       const int64_t rows = std::min<int64_t>(step, strip.rows - i);
       for (int64_t x = 0; x < rows; ++x) row[x] = p + (i + x) * ld;
@@ -159,11 +207,9 @@ class WgradWorker {
             continue;
           }
         }
-        const bool whole = part.first && part.last;
-        const int64_t ldc = whole ? widest : ceil_div(strip.columns, widest) * widest;
-        Real* c = whole ? tile_ : tile_ + i * ldc + j;
-        multiply(c, ldc, part.first ? TileStore::kWrite : TileStore::kAdd);
-        for (int64_t x = 0; part.last && x < rows; ++x) finish_row(c + x * ldc, used, output + x * args_.n);
+        const Sums sums = sums_at(strip, i, j, part);
+        multiply(sums.data, sums.ld, part.first ? TileStore::kWrite : TileStore::kAdd);
+        for (int64_t x = 0; part.last && x < rows; ++x) finish_row(sums.data + x * sums.ld, used, output + x * args_.n);
       }
     }
   }

@@ -48,8 +48,8 @@ struct ExpertsBackwardArgs {
   void* grad_topk_weights;     // [T, K] fp32 (fp64 for fp64)
   const void* grad_output;     // [T, H] dtype
   const void* pre_activation;  // [R, P] dtype, or null: computed again
-  bool accumulate;             // the gradients of the two projections are added to what is there
   ExpertsLayer layer;
+  bool accumulate = false;  // the gradients of the two projections are added to what is there
 };
 
 Status experts_cpu(const ExpertsArgs& args, const ThreadPool& pool);

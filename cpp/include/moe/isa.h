@@ -16,6 +16,6 @@ std::vector<std::string_view> available_isas();
 bool set_isa(std::string_view name);
 
 // How a grouped GEMM treats an expert with this many rows.
-std::string_view gemm_kernel_name(WeightLayout layout, int64_t rows);
+std::string_view gemm_kernel_name(WeightLayout layout, int64_t rows, DType dtype);
 
 }  // namespace moe

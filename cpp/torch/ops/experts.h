@@ -171,8 +171,8 @@ ExpertsGradients experts_gradients(const Op& op, const WantedGradients& wanted, 
                                            .grad_topk_weights = weights.data,
                                            .grad_output = grad.data(),
                                            .pre_activation = recompute ? nullptr : saved.data(),
-                                           .accumulate = wanted.gate_up_proj != nullptr,
-                                           .layer = tensors.layer()}));
+                                           .layer = tensors.layer(),
+                                           .accumulate = wanted.gate_up_proj != nullptr}));
   return {tokens.tensor, gate_up.tensor, down.tensor, weights.tensor, bias1.tensor, bias2.tensor};
 }
 
