@@ -6,11 +6,18 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed (pip install 'torch-moe[transformers]')")
 
 from test_transformers_swap import CLASSES, inputs_of
-from transformers import DeepseekV3ForCausalLM, LongcatFlashForCausalLM, MixtralForCausalLM
+from transformers import (
+    DeepseekV3ForCausalLM,
+    InklingForCausalLM,
+    LongcatFlashForCausalLM,
+    PhimoeForCausalLM,
+    ZayaForCausalLM,
+)
 from transformers_models import find_decorated, model_class, tiny_inputs, tiny_model, token_ids
 
 from torch_moe.integrations import transformers as engine
-from torch_moe.integrations.transformers.balancer import BIAS_NAMES, find_layers
+from torch_moe.integrations.transformers.layers import find_layers
+from torch_moe.integrations.transformers.router import BIAS_NAMES, Rule
 
 
 @pytest.fixture(autouse=True)
@@ -26,30 +33,49 @@ def biases_of(model):
     return {name: tensor for name, tensor in tensors if name.rpartition(".")[2] in BIAS_NAMES}
 
 
+# Families in which a layer's router cannot be given a bias: one that samples, one without a module, a table.
+WITHOUT_RULE = {"phimoe": "no rule", "jamba": "does not return", "deepseek_v4": "input_ids"}
+# Those with a bias of their own and a rule of their own.
+OWN_DESIGN = ("inkling", "zaya")
+
+
 @pytest.mark.parametrize(("family", "name"), find_decorated())
 def test_every_family_is_counted_and_its_biases_move(family, name):
     model = tiny_model(model_class(family, name)).train()
     experts = [module for module in model.modules() if type(module).__name__ == name]
-    assert [layer.watched for layer in find_layers(model)] == experts
+    layers = list(find_layers(model))
+    ruled = [isinstance(layer.rule, Rule) for layer in layers]
+    assert len(layers) == len(experts)
+    assert all(ruled) == (family not in (*WITHOUT_RULE, *OWN_DESIGN))
     stats = engine.attach_stats(model)
     calls = []
     for module in experts:
         module.register_forward_pre_hook(lambda m, args: calls.append(args[1].numel()))
     biases = biases_of(model)
-    balancer = engine.attach_balancer(model, rate=0.5) if biases else None
+    refused = not biases and family in WITHOUT_RULE
+    if refused:
+        with pytest.raises(ValueError, match=rf"no selection bias, and none can be added: .*{WITHOUT_RULE[family]}"):
+            engine.attach_balancer(model)
+    else:
+        balancer = engine.attach_balancer(model, rate=0.5)
+        biases = biases or {layer.name: layer.bias for layer in balancer.layers}
+        assert len(biases) == sum(rule or family in OWN_DESIGN for rule in ruled)
+        assert {layer.bias.data_ptr() for layer in balancer.layers} == {bias.data_ptr() for bias in biases.values()}
     with torch.no_grad():
         for bias in biases.values():
             bias.view(-1)[0] = 5.0  # every token wants expert 0
         model(**tiny_inputs(model))
-    counted = torch.stack([stats.tokens_per_expert(layer).sum() for layer in range(len(experts))])
+    counted = torch.stack([stats.tokens_per_expert(layer) for layer in range(len(experts))])
     assert counted.sum() == sum(calls)
-    if balancer is None:
-        with pytest.raises(ValueError, match=r"no router of .* has a selection bias"):
-            engine.attach_balancer(model)
+    entropies = stats.metrics()["entropy"].isfinite()
+    assert entropies.tolist() == [rule or family == "zaya" for rule in ruled]
+    if refused:
         return
+    top_k = counted.sum(dim=1) // (14 if family != "ernie4_5_vl_moe" else counted[:, 0])
+    steered = [number for number, layer in enumerate(layers) if layer.bias is not None]
+    assert all(counted[number, 0] == counted[number].sum() // top_k[number] for number in steered)
     before = {key: bias.clone() for key, bias in biases.items()}
     balancer.step()
-    assert {layer.bias.data_ptr() for layer in balancer.layers} == {bias.data_ptr() for bias in biases.values()}
     assert all((bias != before[key]).any() for key, bias in biases.items())
 
 
@@ -74,7 +100,8 @@ def test_moves_by_the_rule():
     bias.zero_()
     seen = []
     (layer,) = balancer.layers
-    layer.watched.register_forward_pre_hook(lambda m, args: seen.append(args[1].flatten().bincount(minlength=4)))
+    experts = model.get_submodule(layer.name)
+    experts.register_forward_pre_hook(lambda m, args: seen.append(args[1].flatten().bincount(minlength=4)))
     for length in (7, 5):  # two micro-batches of one step
         model(token_ids(2, length))
     balancer.step()
@@ -145,10 +172,26 @@ def test_longcat_s_bias_covers_its_identity_experts():
     assert balancer.stats.tokens_per_expert(0).sum() == 2 * 9 * model.config.num_experts_per_tok
 
 
+def test_zaya_s_bias_covers_the_class_without_an_expert():
+    model = tiny_model(ZayaForCausalLM).train()
+    balancer = engine.attach_balancer(model, rate=0.25, center=False)
+    before = [layer.bias.clone() for layer in balancer.layers]
+    for layer in balancer.layers:
+        layer.bias[-1] = 5.0  # every token skips the experts
+    with torch.no_grad():
+        model(token_ids(2, 9))
+    assert balancer.stats.tokens_per_expert(1).tolist() == [0, 0, 0, 0, 18]
+    balancer.step()
+    steps = torch.tensor([0.25, 0.25, 0.25, 0.25, 5.75])
+    assert all(torch.equal(layer.bias, old + steps) for layer, old in zip(balancer.layers, before, strict=True))
+
+
 def test_bad_calls():
-    with pytest.raises(ValueError, match=r"no router of MixtralForCausalLM .*attach_stats"):
-        engine.attach_balancer(tiny_model(MixtralForCausalLM))
-    with pytest.raises(ValueError, match="needs logits"):
+    with pytest.raises(ValueError, match=r"PhimoeForCausalLM has no selection bias, .*attach_stats"):
+        engine.attach_balancer(tiny_model(PhimoeForCausalLM))
+    with pytest.raises(ValueError, match="without groups"):
         engine.attach_balancer(tiny_model(DeepseekV3ForCausalLM), method="quantile")
+    with pytest.raises(ValueError, match="needs logits"):
+        engine.attach_balancer(tiny_model(InklingForCausalLM), method="quantile")
     with pytest.raises(ValueError, match="no MoE layer"):
         engine.attach_stats(torch.nn.Linear(2, 2))

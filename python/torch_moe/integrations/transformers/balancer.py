@@ -1,36 +1,16 @@
 """Routing statistics and bias updates for transformers models, which has neither."""
 
-from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from torch_moe.balancing import BiasBalancer
-from torch_moe.integrations.transformers.gate import Host
-from torch_moe.integrations.transformers.report import is_decorated
-from torch_moe.integrations.transformers.swap import PREFIX
+from torch_moe.integrations.transformers.layers import OWN_BIAS, Layer, find_layers, read
+from torch_moe.integrations.transformers.router import Rule
 from torch_moe.metrics import RoutingStats
-from torch_moe.observe import Observation
-
-# What published models call a bias that only the selection sees.
-BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
-
-
-class Layer(NamedTuple):
-    """One MoE layer of a model: what to watch, and where its bias is, if it has one."""
-
-    name: str
-    watched: nn.Module
-    num_experts: int
-    bias_owner: nn.Module | None
-    bias_name: str
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The selection bias as it is now, of shape (num_experts,): moving a model replaces its tensors."""
-        return None if self.bias_owner is None else getattr(self.bias_owner, self.bias_name).detach().view(-1)
 
 
 class ModelBalancer:
@@ -48,27 +28,76 @@ class ModelBalancer:
 
     def __init__(self, layers: list[Layer], balancer: BiasBalancer, stats: RoutingStats) -> None:
         self.layers, self.balancer, self.stats = layers, balancer, stats
+        self._steering = [handle for layer in layers if (handle := _steer(layer)) is not None]
+        watched = [layer.watched for layer in layers]
+        reader = partial(read, dict(zip(watched, layers, strict=True)))
+        balancer.watch(watched, reader)
+        stats.watch(watched, reader)
         # A step is too small for 16 bits: biases that are kept in them move in fp32 and are rounded.
         self._exact = [bias.float() for bias in self._biases()]
 
     def _biases(self) -> list[Tensor]:
         return [bias for layer in self.layers if (bias := layer.bias) is not None]
 
+    def _keep_up(self) -> None:
+        """Take over biases that were moved to another device, or loaded."""
+        for number, (bias, exact) in enumerate(zip(self._biases(), self._exact, strict=True)):
+            if exact.device != bias.device or not torch.equal(exact.to(bias.dtype), bias):
+                self._exact[number] = bias.float()
+
+    def _write(self) -> None:
+        for bias, exact in zip(self._biases(), self._exact, strict=True):
+            bias.copy_(exact)
+
     @torch.no_grad()
     def step(self) -> None:
         """Move the biases by what was chosen since the last step; call it on every rank."""
-        biases = self._biases()
-        for number, (bias, exact) in enumerate(zip(biases, self._exact, strict=True)):
-            if exact.device != bias.device or not torch.equal(exact.to(bias.dtype), bias):  # moved, or loaded
-                self._exact[number] = bias.float()
+        self._keep_up()
         self.balancer.step(self._exact)
-        for bias, exact in zip(biases, self._exact, strict=True):
-            bias.copy_(exact)
+        self._write()
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of the biases, (num_layers, num_experts), and of what the balancer has counted.
+
+        A bias that the model did not have is saved nowhere else.
+        """
+        self._keep_up()
+        return {"biases": torch.stack([exact.cpu() for exact in self._exact]), **self.balancer.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` returned.
+
+        Parameters
+        ----------
+        state_dict : dict of str to Tensor
+            Of a balancer of the same model.
+
+        Raises
+        ------
+        ValueError
+            If keys or sizes differ; nothing is then changed.
+        """
+        counts = dict(state_dict)
+        biases, expected = counts.pop("biases", None), [len(self._exact), self.balancer.num_experts]
+        if biases is None or list(biases.shape) != expected:
+            got = "none" if biases is None else list(biases.shape)
+            raise ValueError(f"ModelBalancer: state_dict must have biases of shape {expected}, got {got}")
+        self.balancer.load_state_dict(counts)
+        self._exact = [new.to(bias.device, torch.float32) for new, bias in zip(biases, self._biases(), strict=True)]
+        self._write()
 
     def detach(self) -> None:
-        """Remove the hooks; the biases stay as they are."""
+        """Remove the hooks, and with them the biases that the model did not have; its own stay as they are."""
         self.balancer.detach()
         self.stats.detach()
+        for handle in self._steering:
+            handle.remove()
+        self._steering.clear()
+        for layer in self.layers:
+            layer.watched._buffers.pop(OWN_BIAS, None)
+            layer.watched._non_persistent_buffers_set.discard(OWN_BIAS)
 
 
 def attach_stats(model: nn.Module) -> RoutingStats:
@@ -82,37 +111,46 @@ def attach_stats(model: nn.Module) -> RoutingStats:
     Returns
     -------
     RoutingStats
-        One layer per set of experts, in the model's order. transformers hands over the chosen experts and their
-        weights, not the probabilities: what needs these (entropy, margin, flips) is NaN.
+        One layer per set of experts, in the model's order. What needs probabilities (entropy, margin, flips) is NaN
+        where it could not be found out by running the router how its weights follow from its logits.
 
     Raises
     ------
     ValueError
         If the model has no MoE layer.
     """
-    layers = list(find_layers(model))
-    if not layers:
-        raise ValueError(f"attach_stats: {type(model).__name__} has no MoE layer that is known here")
+    layers = _layers_of(model, "attach_stats")
     stats = RoutingStats([layer.num_experts for layer in layers])
-    stats.watch([layer.watched for layer in layers], _read)
+    watched = [layer.watched for layer in layers]
+    stats.watch(watched, partial(read, dict(zip(watched, layers, strict=True))))
     return stats
 
 
 def attach_balancer(model: nn.Module, **options: Any) -> ModelBalancer:  # noqa: ANN401
-    """Keep the experts of a transformers model evenly loaded by its selection bias, without a loss.
+    """Keep the experts of a transformers model evenly loaded by a bias on the selection, without a loss.
 
-    transformers loads the bias (``e_score_correction_bias`` in DeepSeek-V3 and most others) and adds it to the scores,
-    but nothing moves it in training. Here the choices of each forward in training mode are counted, recomputed
+    transformers loads such a bias (``e_score_correction_bias`` in DeepSeek-V3 and most others) and adds it to the
+    scores, but nothing moves it in training. Here the choices of each forward in training mode are counted, recomputed
     activations once, and :meth:`ModelBalancer.step` moves the bias: DeepSeek-V3's rule, or another of
     :class:`torch_moe.balancing.BiasBalancer`.
+
+    A router without such a bias (Mixtral, Qwen-MoE, OLMoE, gpt-oss, Granite and others) gets one, zero at first: a
+    buffer that moves with the model and is not saved with it. A hook then chooses again by score plus bias, and weighs
+    the chosen by the family's own rule without it. A token whose choice the bias does not change keeps the router's
+    result bit for bit. The scores are probabilities (softmax), also in families that take the softmax over the chosen
+    only, or sigmoids. The rule is found by running a copy of the router, so settings of the router are to be changed
+    before this call.
+
+    NOTE: a model trained with such a bias routes by it. Save :meth:`ModelBalancer.state_dict` beside the model, and
+    attach and load it wherever the model is used, or anneal the bias away before the end.
 
     Parameters
     ----------
     model : Module
-        A model whose routers have a selection bias.
+        Any MoE model whose routers have a selection bias, or a rule that was found.
     **options
-        Of :class:`torch_moe.balancing.BiasBalancer`: ``method`` (not ``"quantile"``, which needs the logits), ``rate``,
-        ``center``, ``process_group``.
+        Of :class:`torch_moe.balancing.BiasBalancer`: ``method`` (``"quantile"`` needs logits, so a rule in each layer),
+        ``rate``, ``center``, ``process_group``.
 
     Returns
     -------
@@ -122,89 +160,59 @@ def attach_balancer(model: nn.Module, **options: Any) -> ModelBalancer:  # noqa:
     Raises
     ------
     ValueError
-        If no router of the model has a selection bias, or an option is impossible.
+        If a router neither has a selection bias nor can be given one (routers beside others that have one are left
+        alone: DeepSeek-V4's first layers choose by a table), if the model has a balancer already, or an option is
+        impossible.
 
     References
     ----------
     arXiv 2408.15664.
     """
-    layers = [layer for layer in find_layers(model) if layer.bias is not None]
-    if not layers:
+    layers = _layers_of(model, "attach_balancer")
+    attached = [layer.name for layer in layers if hasattr(layer.watched, OWN_BIAS)]
+    if attached:
+        raise ValueError(f"attach_balancer: {attached[0]} has a balancer already, detach() that one first")
+    unknown = [layer for layer in layers if layer.bias is None and isinstance(layer.rule, str)]
+    if unknown and all(layer.bias is None for layer in layers):
         raise ValueError(
-            f"attach_balancer: no router of {type(model).__name__} has a selection bias ({', '.join(BIAS_NAMES)}); "
-            "balance it by a loss on its router_logits (torch_moe.losses), and watch it with attach_stats"
+            f"attach_balancer: the router of {unknown[0].name} in {type(model).__name__} has no selection bias, and "
+            f"none can be added: {unknown[0].rule} (balance it by a loss on its router_logits, torch_moe.losses, and "
+            "watch it with attach_stats)"
         )
+    layers = [layer for layer in layers if layer not in unknown]
     if options.get("method") == "quantile":
-        raise ValueError("attach_balancer: method 'quantile' needs logits, which transformers does not hand over")
+        _check_quantile(layers)
     sizes = sorted({layer.num_experts for layer in layers})
     if len(sizes) > 1:
         raise ValueError(f"attach_balancer: all layers must have as many experts, got {sizes}")
-    watched = [layer.watched for layer in layers]
     balancer = BiasBalancer(sizes[0], len(layers), **options)
-    balancer.watch(watched, _read)
-    stats = RoutingStats(sizes[0], len(layers))
-    stats.watch(watched, _read)
-    return ModelBalancer(layers, balancer, stats)
+    return ModelBalancer(layers, balancer, RoutingStats(sizes[0], len(layers)))
 
 
-def find_layers(model: nn.Module) -> Iterator[Layer]:
-    """Yield the MoE layers of a model: every module that is called with ids and weights, or that chooses them."""
-    for name, module in model.named_modules():
-        kind, down_proj = _kind(module), getattr(module, "down_proj", None)
-        if kind in _READERS or kind == "DbrxExperts":
-            num_experts = int(getattr(module, "num_experts"))  # noqa: B009 - or mypy takes it for a module
-        elif isinstance(down_proj, Tensor) and (kind in _CALLED_WITH_IDS or is_decorated(module)):
-            num_experts = down_proj.shape[0]
-        else:
-            continue
-        owner, bias_name = _bias_of(model.get_submodule(name.rpartition(".")[0]))
-        bias = None if owner is None else getattr(owner, bias_name)
-        yield Layer(name, module, num_experts if bias is None else bias.numel(), owner, bias_name)
+def _layers_of(model: nn.Module, caller: str) -> list[Layer]:
+    layers = list(find_layers(model))
+    if not layers:
+        raise ValueError(f"{caller}: {type(model).__name__} has no MoE layer that is known here")
+    return layers
 
 
-def _bias_of(block: nn.Module) -> tuple[nn.Module | None, str]:
-    """Return which module of a block has the selection bias, and its name: a router or the block itself."""
-    for module in block.modules():
-        for name in BIAS_NAMES:
-            if isinstance(getattr(module, name, None), Tensor):
-                return module, name
-    return None, ""
+def _check_quantile(layers: list[Layer]) -> None:
+    for layer in layers:
+        if isinstance(layer.rule, str):
+            raise ValueError(f"attach_balancer: method 'quantile' needs logits, which {layer.name} hides: {layer.rule}")
+        if layer.rule.options.get("num_groups", 1) > 1:
+            raise ValueError(f"attach_balancer: method 'quantile' needs routers without groups, {layer.name} has some")
 
 
-def _read(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Observation:  # noqa: ANN401
-    """Make an observation of experts, from the ids and weights they are called with, or of a router listed below."""
-    reader = _READERS.get(_kind(module))
-    return Observation(inputs[1], inputs[2]) if reader is None else reader(module, output)
+def _steer(layer: Layer) -> RemovableHandle | None:
+    """Give the router of a layer without a selection bias one, of zeros, and let it choose by it."""
+    if layer.bias is not None or isinstance(layer.rule, str):
+        return None
+    device = next(layer.watched.parameters()).device
+    layer.watched.register_buffer(OWN_BIAS, torch.zeros(layer.num_experts, device=device), persistent=False)
+    # First of all hooks: others, such as those that record the router's output, see what is chosen in the end.
+    return layer.watched.register_forward_hook(partial(_choose_again, layer.rule), prepend=True)
 
 
-def _kind(module: nn.Module) -> str:
-    """Return the name of the class, before a swap."""
-    return type(module).__name__.removeprefix(PREFIX)
-
-
-def _llama4(router: Host, output: tuple[Tensor, Tensor]) -> Observation:
-    scores, logits = output
-    ids = logits.topk(router.top_k, dim=1).indices
-    return Observation(ids, scores.gather(1, ids), logits)
-
-
-def _jetmoe(router: Host, output: tuple[Any, ...]) -> Observation:
-    logits, ids = output[4].topk(router.top_k, dim=1)
-    return Observation(ids, logits.softmax(dim=1), output[4])
-
-
-def _mask_of_ids(top_k: int, router: Host, output: tuple[Tensor, Tensor, Tensor]) -> Observation:
-    """Read a router that returns a dense (tokens, experts) mask or weights, zero where not chosen."""
-    dense = output[0 if top_k == 1 else 1].flatten(0, -2)
-    weights, ids = dense.topk(top_k, dim=-1)
-    return Observation(ids.masked_fill(weights == 0, -1), weights, output[2].flatten(0, -2))
-
-
-_CALLED_WITH_IDS = ("LongcatFlashExperts", "Step3p7Experts")
-# Classes whose experts are not called with ids: their routers are read instead.
-_READERS: dict[str, Callable[[Host, Any], Observation]] = {
-    "Llama4Router": _llama4,
-    "JetMoeTopKGating": _jetmoe,
-    "SwitchTransformersTop1Router": partial(_mask_of_ids, 1),
-    "NllbMoeTop2Router": partial(_mask_of_ids, 2),
-}
+def _choose_again(rule: Rule, router: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
+    return rule.steer(getattr(router, OWN_BIAS), router, output)
