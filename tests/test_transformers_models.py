@@ -57,6 +57,20 @@ def assert_all_same(actual, expected):
         assert_same(actual[name], value)
 
 
+@pytest.mark.parametrize("cls", [MixtralForCausalLM, Qwen3Moe])
+def test_bf16_gradients(cls):
+    """With every expert chosen no rounding can turn a choice, so that the whole model can be held to fp64."""
+    model = engine_model(cls, dtype=torch.bfloat16, num_experts_per_tok=TINY["num_experts"])
+    inputs = {"input_ids": token_ids(4, 16), "labels": token_ids(4, 16)}
+    actual = loss_and_gradients(model, **inputs)
+    model.set_experts_implementation("eager")
+    stock, exact = loss_and_gradients(model, **inputs), loss_and_gradients(copy.deepcopy(model).double(), **inputs)
+    assert actual.keys() == stock.keys() == exact.keys()
+    for name, value in exact.items():
+        error, stock_error = ((tensor.double() - value).norm() / value.norm() for tensor in (actual[name], stock[name]))
+        assert error <= 1.1 * stock_error + torch.finfo(torch.bfloat16).eps, name
+
+
 @pytest.mark.parametrize("cls", [*DECORATED, Llama4ForCausalLM])
 def test_generate(cls):
     stock, ours = (engine_model(cls, i, use_cache=True) for i in ("eager", "torch_moe"))
