@@ -91,6 +91,11 @@ def test_undecorated_families_are_counted(cls, swapped):
     layers = list(find_layers(model))
     assert len(layers) >= 2
     assert all(stats.tokens_per_expert(number).sum() > 0 for number in range(len(layers)))
+    if any(layer.bias is not None for layer in layers):
+        engine.attach_balancer(model).detach()
+    else:  # never a bias that nothing would obey
+        with pytest.raises(ValueError, match=r"none can be added: .*attach_stats"):
+            engine.attach_balancer(model)
 
 
 def test_moves_by_the_rule():
