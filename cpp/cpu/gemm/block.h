@@ -198,7 +198,10 @@ class BlockGemm {
     run(tail, k_, kAhead + (step - 1) * k_);
   }
 
+  // The first tile waits for memory, the others do not: with two, the second fetches what comes next. More would only
+  // hold up their own loads.
   void dot_tiles(const Storage* weight, int64_t columns, Real* c, int64_t ldc) {
+    const int64_t last_of_two = m_ <= 2 * kMaxDotRows ? kMaxDotRows : -1;
     const Storage* w[kMaxTileRows];
     const Real* a[kMaxDotRows];
     const Real* packed = packed_;
@@ -210,7 +213,7 @@ class BlockGemm {
         for (int64_t i = 0; i < rows; ++i) a[i] = packed + (first + i) * dot_row_size();
         kernels_.dot(static_cast<int>(rows), static_cast<int>(columns), a, w, depth,
                      sums_ + first * kMaxTileRows * kernels_.lanes, {k0 == 0, k0 + depth == k_}, c + first * ldc, ldc,
-                     0);
+                     first == last_of_two ? depth : 0);
       }
     }
   }
