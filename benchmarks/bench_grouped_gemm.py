@@ -50,9 +50,10 @@ def main() -> None:
         flops = 2.0 * num_experts * rows * args.n * args.k
         work = Work(flops, float(weight.numel() * weight.element_size()))
         seconds = timings[str(rows)].median
+        kernel = _C.kernel(rows, args.layout, str(dtype).removeprefix("torch."))
         by_memory = work.bytes / machine.read_gbytes > work.flops / machine.gflops
         print(
-            f"{rows:>5} {_C.kernel(rows, args.layout, str(dtype).removeprefix('torch.')):<17} {1e3 * seconds:>8.2f} {flops / seconds / 1e9:>8.1f} "
+            f"{rows:>5} {kernel:<17} {1e3 * seconds:>8.2f} {flops / seconds / 1e9:>8.1f} "
             f"{100 * work.floor(machine) / seconds:>10.1f} {'memory' if by_memory else 'FMAs':>9}"
         )
 

@@ -31,7 +31,7 @@ def test_names_the_kernel_of_each_number_of_rows(weight_layout, dtype):
 def test_matrix_units_are_for_bfloat16(isa):
     assert (_C.kernel(64, "out_in", "bfloat16") == "tiles") == (isa == "amx")
     assert _C.kernel(64, "out_in", "float16") == "tokens_in_lanes"
-    with pytest.raises(ValueError, match="kernel: dtype must be .*got 'int8'"):
+    with pytest.raises(ValueError, match=r"kernel: dtype must be .*got 'int8'"):
         _C.kernel(64, "out_in", "int8")
 
 

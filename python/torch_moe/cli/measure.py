@@ -158,7 +158,7 @@ def _result(
         routing=options.routing,
         tokens_per_expert=problem.tokens_per_expert,
         machine=measured,
-        kernel=_C.kernel(max(problem.tokens_per_expert), "out_in", str(dtype).removeprefix("torch.")),
+        kernel=_C.kernel(max(problem.tokens_per_expert), "out_in", str(DTYPES[dtype]).removeprefix("torch.")),
         measurements=tuple(measurements),
         stages=tuple(Stage(name, timing.quietest()) for name, timing in stages.items()),
         skipped=skipped,
