@@ -1,5 +1,7 @@
 """grouped_gemm: product, dgrad, wgrad and bgrad on every instruction set, empty experts, and its errors."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import ALL_DTYPES, DTYPES, check_against_reference, make_plan, randn
@@ -165,3 +167,18 @@ def test_large_weight_gradients_pass_the_caches(m, n, dtype, device):
     assert_close(grad[0], lhs[:5].double().T @ rhs[:5].double(), 5)
     assert not grad[1].any()
     assert_close(grad[2], lhs[5:].double().T @ rhs[5:].double(), 315)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("weight_layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("k", [1184, 1190], ids=["whole_steps", "odd"])
+def test_sums_in_several_blocks(k, weight_layout, dtype, device):
+    sizes, n = (1, 3, 7, 24, 130), 40  # rows of one tile, two, many, and of panels
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=device)
+    rows = randn(sum(sizes), k, dtype=dtype, device=device, seed=1)
+    weight = randn(len(sizes), n, k, dtype=dtype, device=device, seed=2)
+    stored = weight.transpose(1, 2).contiguous() if weight_layout == "in_out" else weight
+    output = ops.grouped_gemm(rows, stored, offsets, weight_layout=weight_layout)
+    for part, each, own in zip(output.split(sizes), rows.split(sizes), weight, strict=True):
+        assert_close(part, each.double() @ own.double().T, k)
