@@ -137,7 +137,7 @@ def _empty_gradient(like: Tensor, of: Tensor | None, needed: bool) -> Tensor:
 
 
 @register_fake("experts_backward")
-def _(
+def _backward_fake(
     grad_output: Tensor,
     hidden_states: Tensor,
     pre_activation: Tensor,
@@ -168,31 +168,10 @@ def _(
 
 @register_fake("experts_backward_")
 def _(
-    grad_gate_up_proj: Tensor,
-    grad_down_proj: Tensor,
-    grad_output: Tensor,
-    hidden_states: Tensor,
-    pre_activation: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    topk_weights: Tensor,
-    expert_offsets: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    *,
-    needs_hidden_states: bool,
-    needs_topk_weights: bool,
-    needs_biases: bool,
-    **options: Options,
+    grad_gate_up_proj: Tensor, grad_down_proj: Tensor, *tensors: Tensor, **options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        _empty_gradient(hidden_states, hidden_states, needs_hidden_states),
-        _empty_gradient(hidden_states, topk_weights, needs_topk_weights),
-        _empty_gradient(hidden_states, gate_up_bias, needs_biases),
-        _empty_gradient(hidden_states, down_bias, needs_biases),
-    )
+    grads = _backward_fake(*tensors, **options, needs_projections=False)
+    return grads[0], grads[3], grads[4], grads[5]
 
 
 def _setup_context(
