@@ -67,6 +67,8 @@ void check_status(std::string_view op, Status status) {
                                        "check_finite=False routes such a token like any other"));
     case Status::kOutOfMemory:
       throw std::runtime_error(std::string(op) + ": not enough memory for scratch space");
+    case Status::kCudaError:
+      throw std::runtime_error(std::string(op) + ": a CUDA kernel could not run");
   }
 }
 

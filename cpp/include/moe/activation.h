@@ -9,7 +9,7 @@
 // References: arXiv 2002.05202 (GLU variants), 1606.08415 (GELU), 2109.08668 (squared ReLU).
 #pragma once
 
-#include "moe/types.h"
+#include "moe/cuda.h"
 
 namespace moe {
 
@@ -49,6 +49,8 @@ struct ActivationBackwardArgs {
 };
 
 Status activation_cpu(const ActivationArgs& args, const ThreadPool& pool);
+Status activation_cuda(const ActivationArgs& args, const CudaContext& cuda);
 Status activation_backward_cpu(const ActivationBackwardArgs& args, const ThreadPool& pool);
+Status activation_backward_cuda(const ActivationBackwardArgs& args, const CudaContext& cuda);
 
 }  // namespace moe

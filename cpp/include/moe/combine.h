@@ -32,6 +32,8 @@ struct CombineBackwardArgs {
 };
 
 Status combine_cpu(const CombineArgs& args, const ThreadPool& pool);
+Status combine_cuda(const CombineArgs& args, const CudaContext& cuda);
 Status combine_backward_cpu(const CombineBackwardArgs& args, const ThreadPool& pool);
+Status combine_backward_cuda(const CombineBackwardArgs& args, const CudaContext& cuda);
 
 }  // namespace moe

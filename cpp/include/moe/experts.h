@@ -53,6 +53,8 @@ struct ExpertsBackwardArgs {
 };
 
 Status experts_cpu(const ExpertsArgs& args, const ThreadPool& pool);
+Status experts_cuda(const ExpertsArgs& args, const CudaContext& cuda);
 Status experts_backward_cpu(const ExpertsBackwardArgs& args, const ThreadPool& pool);
+Status experts_backward_cuda(const ExpertsBackwardArgs& args, const CudaContext& cuda);
 
 }  // namespace moe

@@ -12,7 +12,7 @@
 // fp32, bf16 and fp16 accumulate in fp32, fp64 in fp64. Here K is the contracted width, not top_k.
 #pragma once
 
-#include "moe/types.h"
+#include "moe/cuda.h"
 
 namespace moe {
 
@@ -48,7 +48,10 @@ struct GroupedGemmBgradArgs {
 };
 
 Status grouped_gemm_cpu(const GroupedGemmArgs& args, const ThreadPool& pool);
+Status grouped_gemm_cuda(const GroupedGemmArgs& args, const CudaContext& cuda);
 Status grouped_gemm_wgrad_cpu(const GroupedGemmWgradArgs& args, const ThreadPool& pool);
+Status grouped_gemm_wgrad_cuda(const GroupedGemmWgradArgs& args, const CudaContext& cuda);
 Status grouped_gemm_bgrad_cpu(const GroupedGemmBgradArgs& args, const ThreadPool& pool);
+Status grouped_gemm_bgrad_cuda(const GroupedGemmBgradArgs& args, const CudaContext& cuda);
 
 }  // namespace moe

@@ -17,5 +17,6 @@ struct PermuteArgs {
 };
 
 Status permute_cpu(const PermuteArgs& args, const ThreadPool& pool);
+Status permute_cuda(const PermuteArgs& args, const CudaContext& cuda);
 
 }  // namespace moe

@@ -8,7 +8,7 @@
 //   expert_offsets[E] have row_to_slot = -1.
 #pragma once
 
-#include "moe/types.h"
+#include "moe/cuda.h"
 
 namespace moe {
 
@@ -22,6 +22,7 @@ struct PlanArgs {
 };
 
 Status plan_cpu(const PlanArgs& args, const ThreadPool& pool);
+Status plan_cuda(const PlanArgs& args, const CudaContext& cuda);
 
 // What a later stage reads of a plan. The maps may come from a user: an offset is clamped to [previous offset, R], and
 // a slot or row out of range counts as dropped, so nothing is ever read or written out of bounds.

@@ -29,7 +29,7 @@
 // (DeepSeek-V3: sigmoid, bias).
 #pragma once
 
-#include "moe/types.h"
+#include "moe/cuda.h"
 
 namespace moe {
 
@@ -76,6 +76,8 @@ struct RouteBackwardArgs {
 };
 
 Status route_cpu(const RouteArgs& args, const ThreadPool& pool);
+Status route_cuda(const RouteArgs& args, const CudaContext& cuda);
 Status route_backward_cpu(const RouteBackwardArgs& args, const ThreadPool& pool);
+Status route_backward_cuda(const RouteBackwardArgs& args, const CudaContext& cuda);
 
 }  // namespace moe
