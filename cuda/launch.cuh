@@ -1,0 +1,60 @@
+// What every operator needs to queue kernels: the stream, checked launches, scratch, and facts about the device.
+//
+//   LAUNCH(some_kernel, grid, block, shared_bytes, stream(cuda), arguments...);
+//   return launched("some_kernel", cuda);
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "moe/cuda.h"
+#include "ptx/ptx.cuh"
+
+namespace moe::cuda {
+
+inline cudaStream_t stream(const CudaContext& cuda) { return static_cast<cudaStream_t>(cuda.stream); }
+
+// kOk, or kCudaError after the caller was told what `kernel` suffered.
+inline Status check(cudaError_t error, const char* kernel, const CudaContext& cuda) {
+  if (error == cudaSuccess) return Status::kOk;
+  cuda.report(kernel, cudaGetErrorString(error), cuda.context);
+  return Status::kCudaError;
+}
+
+// Of the launch just made. It reads the error state, and so clears it for the next call.
+inline Status launched(const char* kernel, const CudaContext& cuda) { return check(cudaGetLastError(), kernel, cuda); }
+
+// kCudaError for a call that no kernel serves; `reason` is a sentence for the user.
+inline Status unsupported(const char* op, const char* reason, const CudaContext& cuda) {
+  cuda.report(op, reason, cuda.context);
+  return Status::kCudaError;
+}
+
+// Scratch for `count` elements; null when there is none. Never asks for 0 bytes, so that null means one thing.
+template <typename T>
+T* allocate(int64_t count, const CudaContext& cuda) {
+  return static_cast<T*>(cuda.allocate(static_cast<int64_t>(sizeof(T)) * (count > 0 ? count : 1), cuda.context));
+}
+
+// A fact about the current device. cudaDeviceGetAttribute, as cudaGetDeviceProperties takes milliseconds.
+inline Status device_attribute(int& value, cudaDeviceAttr attribute, const CudaContext& cuda) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return check(error == cudaSuccess ? cudaDeviceGetAttribute(&value, attribute, device) : error, "device attribute",
+               cuda);
+}
+
+// What a kernel may use of shared memory without asking, and with asking on every GPU since Ampere.
+constexpr int64_t kPlainSharedBytes = 48 << 10, kMostSharedBytes = 96 << 10;
+
+// Lets `kernel` be launched with that much dynamic shared memory.
+template <typename Kernel>
+Status allow_shared_memory(Kernel* kernel, int64_t bytes, const char* name, const CudaContext& cuda) {
+  if (bytes <= kPlainSharedBytes) return Status::kOk;
+  return check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(bytes)),
+               name, cuda);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace moe::cuda
