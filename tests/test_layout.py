@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("route", "plan", "permute", "grouped_gemm", "activation", "combine", "experts")
+STAGES += ("ep_plan", "ep_pack", "ep_index", "ep_reduce")
 FOLDERS = ("cpp/include/moe/{}.h", "cpp/cpu/{}.cpp", "python/torch_moe/ops/{}.py", "tests/test_{}.py")
 SOURCES = [
     path

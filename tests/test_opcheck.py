@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import expert_inputs, make_plan, randn
 
-import torch_moe  # noqa: F401  # registers the operators
+from torch_moe import ops
 from torch_moe.testing import SHAPES
 
 SHAPE = SHAPES["unaligned"]
@@ -44,6 +44,12 @@ def samples():
         args = (randn(T, H), hidden, pre_activation, gate_up, down, topk_weights, *plan, *biases)
         return args, {**layouts, **dict.fromkeys(needs, True), **flags}
 
+    exchange = ops.ep_plan(ids, E, 2, num_chunks=2)
+    maps = (exchange.physical_ids, exchange.row_to_slot, 2, exchange.num_local_experts)
+    rows = torch.ops.moe.ep_pack(randn(T, H), randn(T, K), *maps)
+    returned = torch.ops.moe.ep_pack(randn(T, H), randn(T, K), None, None, 1, 1)
+    replicas = torch.randint(-1, E, (E, 2), dtype=torch.int32)
+
     return {
         "route": [
             ((leaf(T, E), K), {}),
@@ -79,6 +85,16 @@ def samples():
                 (randn(E, 2 * I, H), randn(E, H, I), *experts_backward(randn(R, 2 * I))[0]),
                 {**layouts, **{name: True for name in needs if name != "needs_projections"}},
             )
+        ],
+        "ep_plan": [((ids, None, E, 3, 2, 1), {}), ((ids, replicas, E, 4, 2, 0, 3), {})],
+        "ep_pack": [
+            ((randn(T, H), randn(T, K), *maps), {"wire": "fp8"}),
+            ((randn(T, H, dtype=torch.bfloat16), None, None, None, 1, 1), {}),
+        ],
+        "ep_index": [((rows, randn(1), H, K, exchange.num_local_experts, 7), {})],
+        "ep_reduce": [
+            ((returned, randn(1), exchange.slot_to_row, exchange.physical_ids, H, exchange.num_local_experts), {}),
+            ((returned[:, :160].contiguous(), randn(1), exchange.slot_to_row, None, H, 1), {}),
         ],
     }
 

@@ -59,7 +59,7 @@ TOKENS = randn(19, 37)
         (TOKENS[0], PLAN, r"permute: hidden_states must have 2 dimensions .*got shape \[37\]"),
         (TOKENS[:18], PLAN, r"permute: .*must .*got .*18"),
         (TOKENS, PLAN._replace(row_to_slot=PLAN.row_to_slot.long()), "permute: row_to_slot must be int32, got int64"),
-        (TOKENS, PLAN._replace(row_to_slot=PLAN.row_to_slot[1:]), r"permute: row_to_slot must .*57.*got \[56\]"),
+        (TOKENS, PLAN._replace(row_to_slot=PLAN.row_to_slot.repeat(2)), "permute: row_to_slot must .*57 .*got 114"),
     ],
 )
 def test_errors(hidden_states, plan, message):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import make_plan
+from helpers import expert_inputs, make_plan, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -130,3 +130,29 @@ IDS = torch.zeros(4, 2, dtype=torch.int32)
 def test_errors(arguments, message):
     with pytest.raises(RuntimeError, match=message):
         ops.plan(*arguments)
+
+
+def test_later_stages_take_a_plan_without_its_empty_rows(device):
+    """Where ids are skipped, the rows of a plan can be cut to those that are kept: the same bits, in less memory."""
+    shape = SHAPES["unaligned"]
+    ids = routing("uniform", shape.num_tokens, shape.num_experts, shape.top_k).to(device)
+    ids[ids > 2] = -1
+    full = ops.plan(ids, shape.num_experts)
+    kept = int(full.expert_offsets[-1])
+    cut = full._replace(row_to_slot=full.row_to_slot[:kept])
+    assert kept < full.num_rows
+    inputs = expert_inputs(shape, torch.float32, device, bias=True)
+    expected = run(lambda **tensors: ops.experts(**tensors, plan=full), inputs)
+    for recompute in (False, True):
+        actual = run(lambda **tensors: ops.experts(**tensors, plan=cut, recompute=recompute), inputs)  # noqa: B023
+        for name, value in actual.items():
+            assert torch.equal(value, expected[name]), name
+    rows = ops.permute(inputs["hidden_states"], cut)
+    assert torch.equal(rows, ops.permute(inputs["hidden_states"], full)[:kept])
+    weights = inputs["topk_weights"]
+    combined = run(lambda rows, weights: ops.combine(rows, weights, cut), {"rows": rows, "weights": weights})
+    whole = {"rows": ops.permute(inputs["hidden_states"], full), "weights": weights}
+    expected = run(lambda rows, weights: ops.combine(rows, weights, full), whole)
+    assert torch.equal(combined["output"], expected["output"])
+    assert torch.equal(combined["rows"], expected["rows"][:kept])
+    assert torch.equal(combined["weights"], expected["weights"])

@@ -47,7 +47,7 @@ void combine_backward(const CombineBackwardArgs& args, const ThreadPool& pool) {
   const int64_t width = args.hidden_size, top_k = args.plan.top_k;
   const int64_t grain = items_of_work(kElementGrain, width);
 
-  parallel_for(pool, num_rows(args.plan), grain, [&](int64_t begin, int64_t end) {
+  parallel_for(pool, args.plan.num_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       T* __restrict target = grad_rows + row * width;
       const int64_t slot = slot_of(args.plan, row);
@@ -60,7 +60,7 @@ void combine_backward(const CombineBackwardArgs& args, const ThreadPool& pool) {
       for (int64_t j = 0; j < width; ++j) target[j] = narrow<T>(weight * widen(source[j]));
     }
   });
-  parallel_for(pool, num_rows(args.plan), grain, [&](int64_t begin, int64_t end) {
+  parallel_for(pool, num_slots(args.plan), grain, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
       const int64_t row = row_of(args.plan, slot);
       if (row < 0) {

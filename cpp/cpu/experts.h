@@ -80,7 +80,7 @@ struct Experts {
   explicit Experts(const ExpertsLayer& layer)
       : layer(layer),
         table(kernels<Storage>()),
-        rows(num_rows(layer.plan)),
+        rows(layer.plan.num_rows),
         hidden(layer.hidden_size),
         intermediate(layer.intermediate_size),
         pre_activation(pre_activation_size(layer.activation.activation, intermediate)),

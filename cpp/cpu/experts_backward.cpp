@@ -130,7 +130,7 @@ bool reduce_weight_parts(const Experts<Storage>& experts, const Wide<Storage>* p
       })) {
     return false;
   }
-  for (int64_t slot = 0; slot < experts.rows; ++slot) {
+  for (int64_t slot = 0; slot < num_slots(plan); ++slot) {
     const int64_t row = row_of(plan, slot);
     grad_topk_weights[slot] = row < 0 ? Real(0) : sums[row];
   }

@@ -18,7 +18,7 @@ Status permute_cpu(const PermuteArgs& args, const ThreadPool& pool) {
   if (row_bytes == 0) return Status::kOk;
   const auto* tokens = static_cast<const char*>(args.hidden_states);
   auto* rows = static_cast<char*>(args.rows);
-  parallel_for(pool, num_rows(args.plan), items_of_work(kByteGrain, row_bytes), [&](int64_t begin, int64_t end) {
+  parallel_for(pool, args.plan.num_rows, items_of_work(kByteGrain, row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t slot = slot_of(args.plan, row);
       if (slot < 0) {

@@ -4,6 +4,10 @@
 
 #include "ops/activation.h"
 #include "ops/combine.h"
+#include "ops/ep_index.h"
+#include "ops/ep_pack.h"
+#include "ops/ep_plan.h"
+#include "ops/ep_reduce.h"
 #include "ops/experts.h"
 #include "ops/grouped_gemm.h"
 #include "ops/permute.h"
@@ -28,6 +32,10 @@ struct Cpu {
   static Status run(const CombineBackwardArgs& args) { return combine_backward_cpu(args, kTorchPool); }
   static Status run(const ExpertsArgs& args) { return experts_cpu(args, kTorchPool); }
   static Status run(const ExpertsBackwardArgs& args) { return experts_backward_cpu(args, kTorchPool); }
+  static Status run(const EpPlanArgs& args) { return ep_plan_cpu(args, kTorchPool); }
+  static Status run(const EpPackArgs& args) { return ep_pack_cpu(args, kTorchPool); }
+  static Status run(const EpIndexArgs& args) { return ep_index_cpu(args, kTorchPool); }
+  static Status run(const EpReduceArgs& args) { return ep_reduce_cpu(args, kTorchPool); }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(moe, CPU, m) {
@@ -46,6 +54,10 @@ STABLE_TORCH_LIBRARY_IMPL(moe, CPU, m) {
   m.impl("experts", TORCH_BOX(&experts<Cpu>));
   m.impl("experts_backward", TORCH_BOX(&experts_backward<Cpu>));
   m.impl("experts_backward_", TORCH_BOX(&experts_backward_<Cpu>));
+  m.impl("ep_plan", TORCH_BOX(&ep_plan<Cpu>));
+  m.impl("ep_pack", TORCH_BOX(&ep_pack<Cpu>));
+  m.impl("ep_index", TORCH_BOX(&ep_index<Cpu>));
+  m.impl("ep_reduce", TORCH_BOX(&ep_reduce<Cpu>));
 }
 
 }  // namespace

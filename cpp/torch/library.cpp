@@ -69,4 +69,23 @@ STABLE_TORCH_LIBRARY(moe, m) {
       "str activation, str gate_layout, str weight_layout, float alpha, float? limit, float up_offset, "
       "bool needs_hidden_states, bool needs_topk_weights, bool needs_biases) -> (Tensor grad_hidden_states, "
       "Tensor grad_topk_weights, Tensor grad_gate_up_bias, Tensor grad_down_bias)");
+
+  // Expert parallelism. row_to_slot, slot_to_row and rank_offsets are those of a plan whose slots are (token, rank)
+  // pairs.
+  m.def(
+      "ep_plan(Tensor topk_ids, Tensor? placement, int num_experts, int num_local_experts, int ep_size, int ep_rank, "
+      "int num_chunks=1) -> (Tensor physical_ids, Tensor rank_offsets, Tensor row_to_slot, Tensor slot_to_row, "
+      "Tensor counts)");
+  // Rows between ranks are bytes; `like` is any tensor of the tokens' dtype.
+  m.def(
+      "ep_pack(Tensor hidden_states, Tensor? topk_weights, Tensor? physical_ids, Tensor? row_to_slot, int ep_size, "
+      "int num_local_experts, *, str wire='input') -> Tensor rows");
+  m.def(
+      "ep_index(Tensor rows, Tensor like, int hidden_size, int top_k, int num_experts, SymInt num_pairs, *, "
+      "str wire='input') -> (Tensor hidden_states, Tensor topk_weights, Tensor expert_offsets, Tensor row_to_slot, "
+      "Tensor slot_to_row)");
+  // The second output is [T, 0] without physical_ids.
+  m.def(
+      "ep_reduce(Tensor rows, Tensor like, Tensor slot_to_row, Tensor? physical_ids, int hidden_size, "
+      "int num_local_experts) -> (Tensor output, Tensor weights)");
 }

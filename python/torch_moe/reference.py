@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torch_moe.ops.activation import is_gated
+from torch_moe.ops.ep_plan import EpPlan
 from torch_moe.ops.plan import Plan
 
 
@@ -202,3 +203,66 @@ def experts(
 
 
 _activation = activation  # inside experts the name is the option's
+
+
+def ep_plan(
+    topk_ids: Tensor,  # [T, K]
+    num_experts: int,
+    ep_size: int,
+    *,
+    ep_rank: int = 0,
+    num_local_experts: int | None = None,
+    placement: Tensor | None = None,  # [E, N]
+    num_chunks: int = 1,
+) -> EpPlan:
+    """Return which tokens go where: by chunk, then by rank, each token once per rank."""
+    local = num_local_experts or -(-num_experts // ep_size)
+    table = [[e] for e in range(num_experts)] if placement is None else placement.tolist()
+    num_tokens, top_k = topk_ids.shape
+
+    def physical(token: int, expert: int) -> int:
+        replicas = [p for p in table[expert] if p >= 0] if 0 <= expert < num_experts else []
+        p = int(replicas[(token + ep_rank) % len(replicas)]) if replicas else -1
+        return p if p < ep_size * local else -1
+
+    ids = [[physical(token, expert) for expert in experts] for token, experts in enumerate(topk_ids.tolist())]
+    offsets, slots = [0], [[-1] * ep_size for _ in range(num_tokens)]
+    rows: list[int] = []
+    counts = [[0] * (2 * num_chunks + local) for _ in range(ep_size)]
+    for chunk in range(num_chunks):
+        tokens = range(num_tokens * chunk // num_chunks, num_tokens * (chunk + 1) // num_chunks)
+        for rank in range(ep_size):
+            for token in tokens:
+                here = [p % local for p in ids[token] if p >= 0 and p // local == rank]
+                if here:
+                    slots[token][rank] = len(rows)
+                    rows.append(token * ep_size + rank)
+                counts[rank][chunk] += bool(here)
+                counts[rank][num_chunks + chunk] += len(here)
+                for expert in here:
+                    counts[rank][2 * num_chunks + expert] += 1
+            offsets.append(len(rows))
+    rows += [-1] * (num_tokens * min(top_k, ep_size) - len(rows))
+
+    def int32(values: object, *shape: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=topk_ids.device).view(shape)
+
+    return EpPlan(
+        int32(ids, num_tokens, top_k),
+        int32(offsets, -1),
+        int32(rows, -1),
+        int32(slots, num_tokens, ep_size),
+        int32(counts, ep_size, -1),
+    )
+
+
+def ep_wire(hidden_states: Tensor, wire: str = "input") -> Tensor:
+    """Return [T, H]: what arrives of tokens sent in the wire type. The scale and the quotient are rounded to fp32."""
+    if wire == "input":
+        return hidden_states
+    largest = 448.0 if wire == "fp8" else 127.0
+    tokens = hidden_states.float()
+    scale = tokens.abs().amax(dim=-1, keepdim=True) / largest
+    quotient = (tokens * (1 / scale).where(scale > 0, 0)).clamp(-largest, largest)
+    quantised = quotient.to(torch.float8_e4m3fn).float() if wire == "fp8" else quotient.round()
+    return (scale * quantised).to(hidden_states.dtype)

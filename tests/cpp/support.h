@@ -138,7 +138,13 @@ std::vector<Problem> problems();
 struct Plan {
   std::vector<int32_t> expert_offsets, row_to_slot, slot_to_row;
   PlanView view(const Problem& p) const {
-    return {expert_offsets.data(), row_to_slot.data(), slot_to_row.data(), p.num_tokens, p.num_experts, p.top_k};
+    return {expert_offsets.data(),
+            row_to_slot.data(),
+            slot_to_row.data(),
+            p.num_tokens,
+            p.num_experts,
+            p.top_k,
+            static_cast<int64_t>(row_to_slot.size())};
   }
 };
 Plan sorted_plan(const Problem& problem, int64_t capacity = -1);

@@ -24,13 +24,15 @@ struct PlanArgs {
 Status plan_cpu(const PlanArgs& args, const ThreadPool& pool);
 Status plan_cuda(const PlanArgs& args, const CudaContext& cuda);
 
-// What a later stage reads of a plan. The maps may come from a user: an offset is clamped to [previous offset, R], and
-// a slot or row out of range counts as dropped, so nothing is ever read or written out of bounds.
+// What a later stage reads of a plan. There may be fewer rows than slots, when it is known that the others would hold
+// nothing: every R of a later stage is then num_rows. The maps may come from a user: an offset is clamped to [previous
+// offset, R], and a slot or row out of range counts as dropped, so nothing is ever read or written out of bounds.
 struct PlanView {
   const int32_t* expert_offsets;  // [E + 1]
   const int32_t* row_to_slot;     // [R]
   const int32_t* slot_to_row;     // [T, K]
   int64_t num_tokens, num_experts, top_k;
+  int64_t num_rows;  // at most T * K
 };
 
 }  // namespace moe

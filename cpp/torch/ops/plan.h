@@ -49,12 +49,15 @@ struct PlanTensors {
       : expert_offsets(check_offsets(op, offsets)),
         row_to_slot(op.argument("row_to_slot", rows).type(ScalarType::Int)),
         slot_to_row(op.argument("slot_to_row", slots).rank(2, "[num_tokens, top_k]").type(ScalarType::Int)) {
-    row_to_slot.shape({num_rows()}, "[num_tokens * top_k]");
+    if (row_to_slot.rank(1, "[num_rows]").size(0) > num_tokens() * top_k()) {
+      row_to_slot.fail("have at most num_tokens * top_k = " + std::to_string(num_tokens() * top_k()) + " rows",
+                       std::to_string(num_rows()));
+    }
   }
 
   int64_t num_tokens() const { return slot_to_row.size(0); }
   int64_t top_k() const { return slot_to_row.size(1); }
-  int64_t num_rows() const { return num_tokens() * top_k(); }
+  int64_t num_rows() const { return row_to_slot.size(0); }
   int64_t num_experts() const { return expert_offsets.size(0) - 1; }
   PlanView view() const {
     return {.expert_offsets = expert_offsets.data<int32_t>(),
@@ -62,7 +65,8 @@ struct PlanTensors {
             .slot_to_row = slot_to_row.data<int32_t>(),
             .num_tokens = num_tokens(),
             .num_experts = num_experts(),
-            .top_k = top_k()};
+            .top_k = top_k(),
+            .num_rows = num_rows()};
   }
 };
 

@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Number of rows, R = T * K, dropped slots included."""
+        """Number of rows, R: T * K, dropped slots included, or fewer where it is known how many are kept."""
         return self.row_to_slot.shape[0]
 
     @property

@@ -1,0 +1,18 @@
+"""Expert parallelism: the experts of a layer spread over the ranks of a process group.
+
+::
+
+    tokens --ep_plan, ep_pack--> rows --exchange--> --ep_index--> experts --exchange--> rows --ep_reduce--> tokens
+
+A token goes once to each rank that has one of its experts, and one row per rank comes back, already summed over that
+rank's experts. The routing is local and all tensors; between ranks there are bytes, moved by the functional
+collectives of ``torch.distributed`` on whatever backend the group has.
+
+- :class:`Placement` says which rank computes which expert: data, also for replicas and for ranks that are gone.
+- ``ExpertParallel(layer, group)`` makes a :class:`torch_moe.MoE` of which each rank holds some experts. The group is a
+  ``ProcessGroup``, or a ``DeviceMesh`` of one dimension or with one named ``ep``.
+"""
+
+from torch_moe.distributed.placement import Placement
+
+__all__ = ["Placement"]
