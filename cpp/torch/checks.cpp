@@ -58,7 +58,7 @@ std::string message(std::string_view op, std::string_view argument, const std::s
 
 }  // namespace
 
-void check_status(std::string_view op, Status status) {
+void check_status(std::string_view op, Status status, const std::string& failure) {
   switch (status) {
     case Status::kOk:
       return;
@@ -66,9 +66,10 @@ void check_status(std::string_view op, Status status) {
       throw std::runtime_error(message(op, "router_logits", "be finite", "NaN or infinity",
                                        "check_finite=False routes such a token like any other"));
     case Status::kOutOfMemory:
-      throw std::runtime_error(std::string(op) + ": not enough memory for scratch space");
+      throw std::runtime_error(std::string(op) + ": not enough memory for scratch space" +
+                               (failure.empty() ? "" : ": " + failure));
     case Status::kCudaError:
-      throw std::runtime_error(std::string(op) + ": a CUDA kernel could not run");
+      throw std::runtime_error(std::string(op) + ": " + failure);
   }
 }
 

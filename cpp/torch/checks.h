@@ -19,8 +19,8 @@ namespace moe {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws unless the status is kOk.
-void check_status(std::string_view op, Status status);
+// Throws unless the status is kOk. `failure` is what the device says of kOutOfMemory and kCudaError.
+void check_status(std::string_view op, Status status, const std::string& failure);
 
 ScalarType scalar_type(DType dtype);
 // fp64 for fp64, else fp32: the type of topk_weights and of the router's bias.
@@ -62,7 +62,12 @@ class Op {
   [[noreturn]] void fail(std::string_view argument, const std::string& expectation, const std::string& got,
                          std::string_view hint = "") const;
   void at_least(std::string_view argument, int64_t value, int64_t least) const;
-  void check(Status status) const { check_status(name_, status); }
+  // Runs the kernel on the tensors' device: cpu.cpp and cuda.cpp have the two devices.
+  template <typename Device, typename Args>
+  void run(const Args& args) const {
+    Device device(first_);
+    check_status(name_, device.run(args), device.failure());
+  }
 
   // The choice that `value` names.
   template <typename Enum>

@@ -21,7 +21,12 @@ py::dict build_info() {
   info["build_type"] = MOE_BUILD_TYPE;
   info["processor"] = MOE_PROCESSOR;
   info["oldest_torch"] = "2.10";  // TORCH_TARGET_VERSION
+#ifdef MOE_CUDA_VERSION
+  info["cuda"] = MOE_CUDA_VERSION;
+  info["cuda_architectures"] = MOE_CUDA_ARCHITECTURES;
+#else
   info["cuda"] = false;
+#endif
   return info;
 }
 

@@ -62,12 +62,12 @@ Tensor activation(const Tensor& pre_activation, const std::string& activation, c
   const ActivationOptions options = parse_activation(op, activation, gate_layout, alpha, limit, up_offset);
   const auto [input, intermediate_size] = check_pre_activation(op, pre_activation, options.activation);
   Tensor output = op.empty({input.size(0), intermediate_size}, scalar_type(input.dtype()));
-  op.check(Device::run(ActivationArgs{.output = output.mutable_data_ptr(),
-                                      .pre_activation = input.data(),
-                                      .num_rows = input.size(0),
-                                      .intermediate_size = intermediate_size,
-                                      .dtype = input.dtype(),
-                                      .options = options}));
+  op.run<Device>(ActivationArgs{.output = output.mutable_data_ptr(),
+                                .pre_activation = input.data(),
+                                .num_rows = input.size(0),
+                                .intermediate_size = intermediate_size,
+                                .dtype = input.dtype(),
+                                .options = options});
   return output;
 }
 
@@ -82,13 +82,13 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& pre_activati
                             .shape({input.size(0), intermediate_size}, "[num_rows, intermediate_size]")
                             .type(scalar_type(input.dtype()));
   Tensor grad_pre_activation = op.empty({input.size(0), input.size(1)}, scalar_type(input.dtype()));
-  op.check(Device::run(ActivationBackwardArgs{.grad_pre_activation = grad_pre_activation.mutable_data_ptr(),
-                                              .grad_output = grad.data(),
-                                              .pre_activation = input.data(),
-                                              .num_rows = input.size(0),
-                                              .intermediate_size = intermediate_size,
-                                              .dtype = input.dtype(),
-                                              .options = options}));
+  op.run<Device>(ActivationBackwardArgs{.grad_pre_activation = grad_pre_activation.mutable_data_ptr(),
+                                        .grad_output = grad.data(),
+                                        .pre_activation = input.data(),
+                                        .num_rows = input.size(0),
+                                        .intermediate_size = intermediate_size,
+                                        .dtype = input.dtype(),
+                                        .options = options});
   return grad_pre_activation;
 }
 

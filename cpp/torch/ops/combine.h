@@ -30,12 +30,12 @@ Tensor combine(const Tensor& rows, const std::optional<Tensor>& topk_weights, co
   std::optional<Argument> weights;
   if (topk_weights) weights = check_topk_weights(op, *topk_weights, plan, source.dtype());
   Tensor output = op.empty({plan.num_tokens(), source.size(1)}, scalar_type(source.dtype()));
-  op.check(Device::run(CombineArgs{.output = output.mutable_data_ptr(),
-                                   .rows = source.data(),
-                                   .topk_weights = weights ? weights->data() : nullptr,
-                                   .plan = plan.view(),
-                                   .hidden_size = source.size(1),
-                                   .dtype = source.dtype()}));
+  op.run<Device>(CombineArgs{.output = output.mutable_data_ptr(),
+                             .rows = source.data(),
+                             .topk_weights = weights ? weights->data() : nullptr,
+                             .plan = plan.view(),
+                             .hidden_size = source.size(1),
+                             .dtype = source.dtype()});
   return output;
 }
 
@@ -54,14 +54,14 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_output, const Ten
   const Argument weights = check_topk_weights(op, topk_weights, plan, dtype);
   Tensor grad_rows = op.empty({plan.num_rows(), hidden_size}, scalar_type(dtype));
   Tensor grad_topk_weights = op.empty({plan.num_tokens(), plan.top_k()}, weight_type(dtype));
-  op.check(Device::run(CombineBackwardArgs{.grad_rows = grad_rows.mutable_data_ptr(),
-                                           .grad_topk_weights = grad_topk_weights.mutable_data_ptr(),
-                                           .grad_output = grad.data(),
-                                           .rows = source.data(),
-                                           .topk_weights = weights.data(),
-                                           .plan = plan.view(),
-                                           .hidden_size = hidden_size,
-                                           .dtype = dtype}));
+  op.run<Device>(CombineBackwardArgs{.grad_rows = grad_rows.mutable_data_ptr(),
+                                     .grad_topk_weights = grad_topk_weights.mutable_data_ptr(),
+                                     .grad_output = grad.data(),
+                                     .rows = source.data(),
+                                     .topk_weights = weights.data(),
+                                     .plan = plan.view(),
+                                     .hidden_size = hidden_size,
+                                     .dtype = dtype});
   return {grad_rows, grad_topk_weights};
 }
 

@@ -39,16 +39,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ep_index(const Tensor& rows, 
   Tensor expert_offsets = op.empty({num_experts + 1}, ScalarType::Int);
   Tensor row_to_slot = op.empty({num_pairs}, ScalarType::Int);
   Tensor slot_to_row = op.empty({num_rows, top_k}, ScalarType::Int);
-  op.check(Device::run(EpIndexArgs{.hidden_states = hidden_states.mutable_data_ptr(),
-                                   .topk_weights = topk_weights.mutable_data_ptr(),
-                                   .expert_offsets = data(expert_offsets),
-                                   .row_to_slot = data(row_to_slot),
-                                   .slot_to_row = data(slot_to_row),
-                                   .rows = bytes.data<uint8_t>(),
-                                   .row = row,
-                                   .num_rows = num_rows,
-                                   .num_experts = num_experts,
-                                   .num_pairs = num_pairs}));
+  op.run<Device>(EpIndexArgs{.hidden_states = hidden_states.mutable_data_ptr(),
+                             .topk_weights = topk_weights.mutable_data_ptr(),
+                             .expert_offsets = data(expert_offsets),
+                             .row_to_slot = data(row_to_slot),
+                             .slot_to_row = data(slot_to_row),
+                             .rows = bytes.data<uint8_t>(),
+                             .row = row,
+                             .num_rows = num_rows,
+                             .num_experts = num_experts,
+                             .num_pairs = num_pairs});
   return {hidden_states, topk_weights, expert_offsets, row_to_slot, slot_to_row};
 }
 

@@ -50,16 +50,16 @@ Tensor ep_pack(const Tensor& hidden_states, const std::optional<Tensor>& topk_we
                   .has_weights = weights.has_value()};
   const int64_t num_rows = slots ? slots->size(0) : num_tokens;
   Tensor rows = op.empty({num_rows, row.bytes()}, ScalarType::Byte);
-  op.check(Device::run(EpPackArgs{.rows = static_cast<uint8_t*>(rows.mutable_data_ptr()),
-                                  .hidden_states = tokens.data(),
-                                  .topk_weights = weights ? weights->data() : nullptr,
-                                  .physical_ids = ids ? ids->data<int32_t>() : nullptr,
-                                  .row_to_slot = slots ? slots->data<int32_t>() : nullptr,
-                                  .row = row,
-                                  .num_rows = num_rows,
-                                  .num_tokens = num_tokens,
-                                  .ep_size = ep_size,
-                                  .num_local_experts = num_local_experts}));
+  op.run<Device>(EpPackArgs{.rows = static_cast<uint8_t*>(rows.mutable_data_ptr()),
+                            .hidden_states = tokens.data(),
+                            .topk_weights = weights ? weights->data() : nullptr,
+                            .physical_ids = ids ? ids->data<int32_t>() : nullptr,
+                            .row_to_slot = slots ? slots->data<int32_t>() : nullptr,
+                            .row = row,
+                            .num_rows = num_rows,
+                            .num_tokens = num_tokens,
+                            .ep_size = ep_size,
+                            .num_local_experts = num_local_experts});
   return rows;
 }
 

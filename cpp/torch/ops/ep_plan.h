@@ -38,21 +38,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ep_plan(const Tensor& topk_id
   Tensor row_to_slot = int32({num_tokens * std::min(top_k, ep_size)});
   Tensor slot_to_row = int32({num_tokens, ep_size});
   Tensor counts = int32({ep_size, 2 * num_chunks + num_local_experts});
-  op.check(Device::run(EpPlanArgs{.physical_ids = data(physical_ids),
-                                  .rank_offsets = data(rank_offsets),
-                                  .row_to_slot = data(row_to_slot),
-                                  .slot_to_row = data(slot_to_row),
-                                  .counts = data(counts),
-                                  .topk_ids = ids.data<int32_t>(),
-                                  .placement = table ? table->data<int32_t>() : nullptr,
-                                  .num_tokens = num_tokens,
-                                  .num_experts = num_experts,
-                                  .top_k = top_k,
-                                  .num_replicas = table ? table->size(1) : 1,
-                                  .ep_size = ep_size,
-                                  .ep_rank = ep_rank,
-                                  .num_local_experts = num_local_experts,
-                                  .num_chunks = num_chunks}));
+  op.run<Device>(EpPlanArgs{.physical_ids = data(physical_ids),
+                            .rank_offsets = data(rank_offsets),
+                            .row_to_slot = data(row_to_slot),
+                            .slot_to_row = data(slot_to_row),
+                            .counts = data(counts),
+                            .topk_ids = ids.data<int32_t>(),
+                            .placement = table ? table->data<int32_t>() : nullptr,
+                            .num_tokens = num_tokens,
+                            .num_experts = num_experts,
+                            .top_k = top_k,
+                            .num_replicas = table ? table->size(1) : 1,
+                            .ep_size = ep_size,
+                            .ep_rank = ep_rank,
+                            .num_local_experts = num_local_experts,
+                            .num_chunks = num_chunks});
   return {physical_ids, rank_offsets, row_to_slot, slot_to_row, counts};
 }
 

@@ -34,16 +34,16 @@ std::tuple<Tensor, Tensor> ep_reduce(const Tensor& rows, const Tensor& like, con
   const Argument bytes = check_bytes(op, rows, row);
   Tensor output = op.empty({num_tokens, hidden_size}, scalar_type(row.dtype));
   Tensor weights = op.empty({num_tokens, top_k}, weight_type(row.dtype));
-  op.check(Device::run(EpReduceArgs{.output = output.mutable_data_ptr(),
-                                    .weights = ids ? weights.mutable_data_ptr() : nullptr,
-                                    .rows = bytes.data<uint8_t>(),
-                                    .slot_to_row = slots.data<int32_t>(),
-                                    .physical_ids = ids ? ids->data<int32_t>() : nullptr,
-                                    .row = row,
-                                    .num_rows = bytes.size(0),
-                                    .num_tokens = num_tokens,
-                                    .ep_size = slots.size(1),
-                                    .num_local_experts = num_local_experts}));
+  op.run<Device>(EpReduceArgs{.output = output.mutable_data_ptr(),
+                              .weights = ids ? weights.mutable_data_ptr() : nullptr,
+                              .rows = bytes.data<uint8_t>(),
+                              .slot_to_row = slots.data<int32_t>(),
+                              .physical_ids = ids ? ids->data<int32_t>() : nullptr,
+                              .row = row,
+                              .num_rows = bytes.size(0),
+                              .num_tokens = num_tokens,
+                              .ep_size = slots.size(1),
+                              .num_local_experts = num_local_experts});
   return {output, weights};
 }
 

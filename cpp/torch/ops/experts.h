@@ -98,9 +98,9 @@ std::tuple<Tensor, Tensor> experts(const Tensor& hidden_states, const Tensor& ga
   Tensor output = op.empty({plan.num_tokens(), tensors.hidden_size}, tensors.type());
   Tensor pre_activation =
       op.empty({save_pre_activation ? plan.num_rows() : 0, tensors.pre_activation_size}, tensors.type());
-  op.check(Device::run(ExpertsArgs{.output = output.mutable_data_ptr(),
-                                   .pre_activation = save_pre_activation ? pre_activation.mutable_data_ptr() : nullptr,
-                                   .layer = tensors.layer()}));
+  op.run<Device>(ExpertsArgs{.output = output.mutable_data_ptr(),
+                             .pre_activation = save_pre_activation ? pre_activation.mutable_data_ptr() : nullptr,
+                             .layer = tensors.layer()});
   return {output, pre_activation};
 }
 
@@ -163,16 +163,16 @@ ExpertsGradients experts_gradients(const Op& op, const WantedGradients& wanted, 
       allocate(wanted.topk_weights, {plan.num_tokens(), plan.top_k()}, weight_type(tensors.dtype()));
   const Gradient bias1 = allocate(wanted.biases && gate_up_bias, {num_experts, p}, type);
   const Gradient bias2 = allocate(wanted.biases && down_bias, {num_experts, h}, type);
-  op.check(Device::run(ExpertsBackwardArgs{.grad_hidden_states = tokens.data,
-                                           .grad_gate_up_proj = gate_up.data,
-                                           .grad_down_proj = down.data,
-                                           .grad_gate_up_bias = bias1.data,
-                                           .grad_down_bias = bias2.data,
-                                           .grad_topk_weights = weights.data,
-                                           .grad_output = grad.data(),
-                                           .pre_activation = recompute ? nullptr : saved.data(),
-                                           .layer = tensors.layer(),
-                                           .accumulate = wanted.gate_up_proj != nullptr}));
+  op.run<Device>(ExpertsBackwardArgs{.grad_hidden_states = tokens.data,
+                                     .grad_gate_up_proj = gate_up.data,
+                                     .grad_down_proj = down.data,
+                                     .grad_gate_up_bias = bias1.data,
+                                     .grad_down_bias = bias2.data,
+                                     .grad_topk_weights = weights.data,
+                                     .grad_output = grad.data(),
+                                     .pre_activation = recompute ? nullptr : saved.data(),
+                                     .layer = tensors.layer(),
+                                     .accumulate = wanted.gate_up_proj != nullptr});
   return {tokens.tensor, gate_up.tensor, down.tensor, weights.tensor, bias1.tensor, bias2.tensor};
 }
 

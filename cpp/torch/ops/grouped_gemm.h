@@ -33,17 +33,17 @@ Tensor grouped_gemm(const Tensor& rows, const Tensor& weight, const Tensor& expe
   std::optional<Argument> added;
   if (bias) added = op.argument("bias", *bias).shape({num_experts, n}, "[num_experts, n]").type(scalar_type(dtype));
   Tensor output = op.empty({input.size(0), n}, scalar_type(dtype));
-  op.check(Device::run(GroupedGemmArgs{.output = output.mutable_data_ptr(),
-                                       .rows = input.data(),
-                                       .weight = matrix.data(),
-                                       .bias = added ? added->data() : nullptr,
-                                       .expert_offsets = offsets.data<int32_t>(),
-                                       .num_rows = input.size(0),
-                                       .num_experts = num_experts,
-                                       .n = n,
-                                       .k = k,
-                                       .weight_layout = layout,
-                                       .dtype = dtype}));
+  op.run<Device>(GroupedGemmArgs{.output = output.mutable_data_ptr(),
+                                 .rows = input.data(),
+                                 .weight = matrix.data(),
+                                 .bias = added ? added->data() : nullptr,
+                                 .expert_offsets = offsets.data<int32_t>(),
+                                 .num_rows = input.size(0),
+                                 .num_experts = num_experts,
+                                 .n = n,
+                                 .k = k,
+                                 .weight_layout = layout,
+                                 .dtype = dtype});
   return output;
 }
 
@@ -57,7 +57,7 @@ Tensor wgrad(const Op& op, const Tensor& lhs, const Tensor& rhs, const Tensor& e
   const int64_t num_experts = offsets.size(0) - 1, m = left.size(1), n = right.size(1);
   const ScalarType type = scalar_type(left.dtype());
   Tensor output = existing ? *existing : op.empty({num_experts, m, n}, type);
-  op.check(Device::run(GroupedGemmWgradArgs{
+  op.run<Device>(GroupedGemmWgradArgs{
       .output = op.output("grad", output).shape({num_experts, m, n}, "[num_experts, m, n]").type(type).mutable_data(),
       .lhs = left.data(),
       .rhs = right.data(),
@@ -67,7 +67,7 @@ Tensor wgrad(const Op& op, const Tensor& lhs, const Tensor& rhs, const Tensor& e
       .m = m,
       .n = n,
       .dtype = left.dtype(),
-      .accumulate = existing != nullptr}));
+      .accumulate = existing != nullptr});
   return output;
 }
 
@@ -88,13 +88,13 @@ Tensor grouped_gemm_bgrad(const Tensor& grad_output, const Tensor& expert_offset
   const Argument offsets = check_offsets(op, expert_offsets);
   const int64_t num_experts = offsets.size(0) - 1, n = grad.size(1);
   Tensor output = op.empty({num_experts, n}, scalar_type(grad.dtype()));
-  op.check(Device::run(GroupedGemmBgradArgs{.output = output.mutable_data_ptr(),
-                                            .grad_output = grad.data(),
-                                            .expert_offsets = offsets.data<int32_t>(),
-                                            .num_rows = grad.size(0),
-                                            .num_experts = num_experts,
-                                            .n = n,
-                                            .dtype = grad.dtype()}));
+  op.run<Device>(GroupedGemmBgradArgs{.output = output.mutable_data_ptr(),
+                                      .grad_output = grad.data(),
+                                      .expert_offsets = offsets.data<int32_t>(),
+                                      .num_rows = grad.size(0),
+                                      .num_experts = num_experts,
+                                      .n = n,
+                                      .dtype = grad.dtype()});
   return output;
 }
 

@@ -15,11 +15,11 @@ Tensor permute(const Tensor& hidden_states, const Tensor& expert_offsets, const 
   const int64_t hidden_size = tokens.size(1);
   tokens.shape({plan.num_tokens(), hidden_size}, "[num_tokens, hidden_size], with the plan's num_tokens");
   Tensor rows = op.empty({plan.num_rows(), hidden_size}, scalar_type(tokens.dtype()));
-  op.check(Device::run(PermuteArgs{.rows = rows.mutable_data_ptr(),
-                                   .hidden_states = tokens.data(),
-                                   .plan = plan.view(),
-                                   .hidden_size = hidden_size,
-                                   .dtype = tokens.dtype()}));
+  op.run<Device>(PermuteArgs{.rows = rows.mutable_data_ptr(),
+                             .hidden_states = tokens.data(),
+                             .plan = plan.view(),
+                             .hidden_size = hidden_size,
+                             .dtype = tokens.dtype()});
   return rows;
 }
 

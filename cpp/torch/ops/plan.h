@@ -23,14 +23,14 @@ std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& topk_ids, int64_t num_expe
   Tensor expert_offsets = op.empty({num_experts + 1}, ScalarType::Int);
   Tensor row_to_slot = op.empty({num_tokens * top_k}, ScalarType::Int);
   Tensor slot_to_row = op.empty({num_tokens, top_k}, ScalarType::Int);
-  op.check(Device::run(PlanArgs{.expert_offsets = static_cast<int32_t*>(expert_offsets.mutable_data_ptr()),
-                                .row_to_slot = static_cast<int32_t*>(row_to_slot.mutable_data_ptr()),
-                                .slot_to_row = static_cast<int32_t*>(slot_to_row.mutable_data_ptr()),
-                                .topk_ids = ids.data<int32_t>(),
-                                .num_tokens = num_tokens,
-                                .num_experts = num_experts,
-                                .top_k = top_k,
-                                .capacity = capacity.value_or(-1)}));
+  op.run<Device>(PlanArgs{.expert_offsets = static_cast<int32_t*>(expert_offsets.mutable_data_ptr()),
+                          .row_to_slot = static_cast<int32_t*>(row_to_slot.mutable_data_ptr()),
+                          .slot_to_row = static_cast<int32_t*>(slot_to_row.mutable_data_ptr()),
+                          .topk_ids = ids.data<int32_t>(),
+                          .num_tokens = num_tokens,
+                          .num_experts = num_experts,
+                          .top_k = top_k,
+                          .capacity = capacity.value_or(-1)});
   return {expert_offsets, row_to_slot, slot_to_row};
 }
 

@@ -98,16 +98,16 @@ std::tuple<Tensor, Tensor> route(const Tensor& router_logits, int64_t top_k, con
                              .check_finite = check_finite};
   Tensor topk_weights = op.empty({num_tokens, top_k}, weights_type);
   Tensor topk_ids = op.empty({num_tokens, top_k}, ScalarType::Int);
-  op.check(Device::run(RouteArgs{.topk_weights = topk_weights.mutable_data_ptr(),
-                                 .topk_ids = static_cast<int32_t*>(topk_ids.mutable_data_ptr()),
-                                 .router_logits = logits.data(),
-                                 .expert_bias = bias ? bias->data() : nullptr,
-                                 .route_override = override ? override->data<int32_t>() : nullptr,
-                                 .num_tokens = num_tokens,
-                                 .num_experts = num_experts,
-                                 .top_k = top_k,
-                                 .dtype = logits.dtype(),
-                                 .options = options}));
+  op.run<Device>(RouteArgs{.topk_weights = topk_weights.mutable_data_ptr(),
+                           .topk_ids = static_cast<int32_t*>(topk_ids.mutable_data_ptr()),
+                           .router_logits = logits.data(),
+                           .expert_bias = bias ? bias->data() : nullptr,
+                           .route_override = override ? override->data<int32_t>() : nullptr,
+                           .num_tokens = num_tokens,
+                           .num_experts = num_experts,
+                           .top_k = top_k,
+                           .dtype = logits.dtype(),
+                           .options = options});
   return {topk_weights, topk_ids};
 }
 
@@ -133,15 +133,15 @@ Tensor route_backward(const Tensor& grad_topk_weights, const Tensor& router_logi
                              .renormalize_eps_mode = parse_eps_mode(op, renormalize_eps_mode),
                              .routed_scaling_factor = routed_scaling_factor};
   Tensor grad_router_logits = op.empty({num_tokens, num_experts}, scalar_type(logits.dtype()));
-  op.check(Device::run(RouteBackwardArgs{.grad_router_logits = grad_router_logits.mutable_data_ptr(),
-                                         .grad_topk_weights = grad.data(),
-                                         .router_logits = logits.data(),
-                                         .topk_ids = ids.data<int32_t>(),
-                                         .num_tokens = num_tokens,
-                                         .num_experts = num_experts,
-                                         .top_k = top_k,
-                                         .dtype = logits.dtype(),
-                                         .options = options}));
+  op.run<Device>(RouteBackwardArgs{.grad_router_logits = grad_router_logits.mutable_data_ptr(),
+                                   .grad_topk_weights = grad.data(),
+                                   .router_logits = logits.data(),
+                                   .topk_ids = ids.data<int32_t>(),
+                                   .num_tokens = num_tokens,
+                                   .num_experts = num_experts,
+                                   .top_k = top_k,
+                                   .dtype = logits.dtype(),
+                                   .options = options});
   return grad_router_logits;
 }
 
