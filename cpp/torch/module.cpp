@@ -2,12 +2,14 @@
 //
 // Operators are not bound here: importing this module loads the shared library, whose static initialisers register
 // every schema and kernel with torch's dispatcher (library.cpp, cpu*.cpp); they are called as torch.ops.moe.*.
-// pybind11 is for what an operator cannot be, because it takes and returns no tensor: facts about the build.
+// pybind11 is for what an operator cannot be, because it takes and returns no tensor: facts about the build, and the
+// placement of experts, which is solved on the host for tables of the host whatever device the experts are on.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "moe/floor.h"
 #include "moe/isa.h"
+#include "moe/placement.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -51,6 +53,34 @@ moe::DType parse_dtype(const std::string& name) {
   throw py::value_error("kernel: dtype must be float32, bfloat16, float16 or float64, got '" + name + "'");
 }
 
+// The sizes are checked by the Python caller, torch_moe.distributed.solve_placement; here only what memory safety
+// needs.
+std::vector<int32_t> solve_placement(const std::vector<double>& loads, const std::vector<int32_t>& current,
+                                     int64_t num_layers, int64_t num_experts, int64_t ep_size, int64_t places_per_rank,
+                                     int64_t num_physical, int64_t nodes, int64_t num_groups, double slack,
+                                     int64_t max_moves) {
+  std::vector<int32_t> placed(num_layers * ep_size * places_per_rank);
+  if (static_cast<int64_t>(loads.size()) != num_layers * num_experts ||
+      (!current.empty() && current.size() != placed.size())) {
+    throw py::value_error("solve_placement: loads and current must have the sizes given");
+  }
+  const moe::Status status = moe::placement_cpu({.physical_to_logical = placed.data(),
+                                                 .loads = loads.data(),
+                                                 .current = current.empty() ? nullptr : current.data(),
+                                                 .num_layers = num_layers,
+                                                 .num_experts = num_experts,
+                                                 .ep_size = ep_size,
+                                                 .places_per_rank = places_per_rank,
+                                                 .num_physical = num_physical,
+                                                 .nodes = nodes,
+                                                 .num_groups = num_groups,
+                                                 .slack = slack,
+                                                 .max_moves = max_moves},
+                                                moe::kTorchPool);
+  if (status != moe::Status::kOk) throw std::bad_alloc();
+  return placed;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -82,4 +112,9 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("mebibytes") = 512, py::arg("seconds") = 0.5, py::call_guard<py::gil_scoped_release>(),
       "GB/s of reading memory, eight streams per thread, on all threads.");
+  m.def("solve_placement", &solve_placement, py::arg("loads"), py::arg("current"), py::kw_only(), py::arg("num_layers"),
+        py::arg("num_experts"), py::arg("ep_size"), py::arg("places_per_rank"), py::arg("num_physical"),
+        py::arg("nodes"), py::arg("num_groups"), py::arg("slack"), py::arg("max_moves"),
+        py::call_guard<py::gil_scoped_release>(),
+        "The expert of each place, [num_layers, ep_size, places_per_rank] flattened; see moe/placement.h.");
 }

@@ -6,3 +6,17 @@ def set_isa(name: str) -> None: ...
 def kernel(rows: int, weight_layout: str, dtype: str = ...) -> str: ...
 def fma_rate(fp64: bool = False, seconds: float = 0.2) -> float: ...
 def read_bandwidth(mebibytes: int = 512, seconds: float = 0.5) -> float: ...
+def solve_placement(
+    loads: list[float],
+    current: list[int],
+    *,
+    num_layers: int,
+    num_experts: int,
+    ep_size: int,
+    places_per_rank: int,
+    num_physical: int,
+    nodes: int,
+    num_groups: int,
+    slack: float,
+    max_moves: int,
+) -> list[int]: ...

@@ -13,6 +13,7 @@ collectives of ``torch.distributed`` on whatever backend the group has.
   ``ProcessGroup``, or a ``DeviceMesh`` of one dimension or with one named ``ep``.
 """
 
+from torch_moe.distributed.balance import count_moves, placement_of, rank_loads, solve_placement
 from torch_moe.distributed.placement import Placement
 
-__all__ = ["Placement"]
+__all__ = ["Placement", "count_moves", "placement_of", "rank_loads", "solve_placement"]
