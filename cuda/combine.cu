@@ -2,6 +2,7 @@
 // traffic there must be; kInFlight rows are loaded before the first is added.
 #include "moe/combine.h"
 
+#include "grouped_gemm.cuh"
 #include "plan_view.cuh"
 
 namespace moe::cuda {
@@ -134,7 +135,53 @@ Status combine_backward(const CombineBackwardArgs& args, const CudaContext& cuda
   return launched("combine_backward_rest", cuda);
 }
 
+// The expert e with offsets[e] <= row < offsets[e + 1], or -1.
+__device__ __forceinline__ int64_t expert_of_row(const int32_t* offsets, int64_t num_experts, int64_t row) {
+  if (row < offsets[0] || row >= offsets[num_experts]) return -1;
+  int64_t low = 0, high = num_experts;  // offsets[low] <= row < offsets[high]
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (offsets[middle] <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+// A warp has a slot: its gradient is gathered, never scattered, so dropped slots need no pass of their own.
+template <typename T>
+__global__ void __launch_bounds__(32 * kWarpsPerBlock) grad_weights_kernel(GradWeightsTask task) {
+  using Real = Wide<T>;
+  const int lane = threadIdx.x % 32;
+  const int64_t slot = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / 32;
+  if (slot >= num_rows(task.plan)) return;
+  const int64_t row = row_of(task.plan, slot);
+  const int64_t expert = row < 0 ? -1 : expert_of_row(task.schedule.offsets, task.plan.num_experts, row);
+  Real sum = 0;
+  if (expert >= 0) {
+    const Real* partials = static_cast<const Real*>(task.partials) + row * task.num_partials;
+    for (int64_t i = lane; i < task.num_partials; i += 32) sum += partials[i];
+    if (task.down_bias) {
+      const int64_t width = task.hidden_size;
+      const T* grad = static_cast<const T*>(task.grad_output) + token_of(task.plan, slot) * width;
+      const T* bias = static_cast<const T*>(task.down_bias) + expert * width;
+#pragma unroll 4
+      for (int64_t i = lane; i < width; i += 32) sum += widen(grad[i]) * widen(bias[i]);
+    }
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) static_cast<Real*>(task.grad_topk_weights)[slot] = sum;
+}
+
 }  // namespace
+
+Status reduce_grad_weights(const GradWeightsTask& task, const CudaContext& cuda) {
+  if (num_rows(task.plan) == 0) return Status::kOk;
+  return with_type(task.dtype, [&]<typename T>(std::type_identity<T>) {
+    LAUNCH(grad_weights_kernel<T>, dim3(static_cast<unsigned>(ceil_div(num_rows(task.plan), kWarpsPerBlock))),
+           dim3(32 * kWarpsPerBlock), 0, stream(cuda), task);
+    return launched("grad_weights", cuda);
+  });
+}
+
 }  // namespace moe::cuda
 
 namespace moe {

@@ -116,8 +116,8 @@ struct Tiling {
     unsigned x = 1;
     while (x < kThreads && static_cast<int64_t>(x) * per_thread < pieces) x *= 2;
     block = dim3(x, kThreads / x);
-    const auto at_most = [](int64_t n, int64_t limit) { return static_cast<unsigned>(n < limit ? n : limit); };
-    grid = dim3(at_most(ceil_div(rows, block.y), INT32_MAX), at_most(ceil_div(pieces, int64_t{x} * per_thread), 65535));
+    grid = dim3(static_cast<unsigned>(at_most(ceil_div(rows, block.y), INT32_MAX)),
+                static_cast<unsigned>(at_most(ceil_div(pieces, int64_t{x} * per_thread), 65535)));
   }
 };
 

@@ -55,6 +55,7 @@ Status allow_shared_memory(Kernel* kernel, int64_t bytes, const char* name, cons
                name, cuda);
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
 
 }  // namespace moe::cuda

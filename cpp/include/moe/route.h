@@ -51,7 +51,7 @@ struct RouteOptions {
   int64_t topk_groups = 1;
   GroupScore group_score = GroupScore::kTop2Sum;
   GroupMask group_mask = GroupMask::kNegativeInfinity;
-  bool check_finite = false;  // return kNonFiniteLogits if any logit is NaN or infinite
+  bool check_finite = false;  // return kNonFiniteLogits if any logit is NaN or infinite; on CUDA see non_finite
 };
 
 struct RouteArgs {
@@ -63,6 +63,10 @@ struct RouteArgs {
   int64_t num_tokens, num_experts, top_k;
   DType dtype;
   RouteOptions options;
+  // CUDA with check_finite only, on the device: [1] set to 1 if any logit is NaN or infinite, else to 0. route_cuda
+  // does not wait for the device, so it cannot return kNonFiniteLogits: whoever asks for the check reads this, which
+  // waits.
+  int32_t* non_finite = nullptr;
 };
 
 struct RouteBackwardArgs {
