@@ -22,8 +22,8 @@ struct TileSchedule {
 Status make_schedule(const int32_t* expert_offsets, int64_t num_rows, int64_t num_experts, int64_t tile_rows,
                      const CudaContext& cuda, TileSchedule* schedule);
 
-// Rows of a tile: 64 or 128, by the average number of rows of an expert. Every GEMM kernel takes both.
-int64_t tile_rows_for(int64_t num_rows, int64_t num_experts);
+// Rows of a tile: 64 or 128, by the average number of rows of an expert; fp64 takes 64 only, every other kernel both.
+int64_t tile_rows_for(DType dtype, int64_t num_rows, int64_t num_experts);
 
 // Rows that a product reads through the plan instead of a copy: row r is source[row_to_slot[r] / top_k], and zero when
 // row_to_slot[r] is outside [0, num_slots).

@@ -109,6 +109,8 @@ Status make_schedule(const int32_t* expert_offsets, int64_t num_rows, int64_t nu
   return launched("schedule_kernel", cuda);
 }
 
-int64_t tile_rows_for(int64_t num_rows, int64_t num_experts) { return num_rows <= 64 * num_experts ? 64 : 128; }
+int64_t tile_rows_for(DType dtype, int64_t num_rows, int64_t num_experts) {
+  return dtype == DType::kFloat64 || num_rows <= 64 * num_experts ? 64 : 128;
+}
 
 }  // namespace moe::cuda

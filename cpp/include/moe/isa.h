@@ -18,4 +18,8 @@ bool set_isa(std::string_view name);
 // How a grouped GEMM treats an expert with this many rows.
 std::string_view gemm_kernel_name(WeightLayout layout, int64_t rows, DType dtype);
 
+// Which kernel a grouped GEMM [R, K] x [N, K] runs on a GPU of compute capability architecture / 10, its operands being
+// 16-byte aligned; empty: none. Only in a build with CUDA; needs no GPU.
+std::string_view gemm_kernel_name_cuda(int architecture, DType dtype, int64_t n, int64_t k, bool allow_tf32);
+
 }  // namespace moe
