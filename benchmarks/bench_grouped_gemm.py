@@ -1,7 +1,7 @@
 """grouped_gemm by rows per expert: which kernel runs, and how near it comes to the machine's floor.
 
-The rule of cpp/cpu/gemm/block.h (dot products up to kMaxDotProductRows rows, packed panels above) is read off this
-table: move the constant, build, run again, and compare the two kernels on the rows in between.
+The rule of cpp/cpu/gemm/block.h (dot products for few rows, packed panels above) is read off this
+table: move its constants, build, run again, and compare the two kernels on the rows in between.
 
     python benchmarks/bench_grouped_gemm.py --n 1536 --k 2048 --dtype bf16 --layout out_in
 """

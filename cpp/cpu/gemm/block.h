@@ -22,13 +22,15 @@ namespace moe {
 
 enum class GemmKernel : int8_t { kDot, kTokensInLanes, kColumnsInLanes, kTiles };
 
-// The most rows that dot products serve better than packed panels; benchmarks/bench_grouped_gemm.py shows both sides.
-inline constexpr int64_t kMaxDotProductRows = 24;
+// The most rows that dot products serve better than packed panels, which waste the lanes that rows do not fill, and
+// where a weight has to be widened first, that, too. benchmarks/bench_grouped_gemm.py shows both sides.
+inline constexpr int64_t kMaxDotProductRows = 7, kMaxWidenedDotProductRows = 24;
 
-inline GemmKernel choose_gemm(WeightLayout layout, int64_t rows, bool matrix_units) {
+inline GemmKernel choose_gemm(WeightLayout layout, int64_t rows, bool widened, bool matrix_units) {
   if (matrix_units && (layout == WeightLayout::kInOut || rows > kMaxDotRows)) return GemmKernel::kTiles;
   if (layout == WeightLayout::kInOut) return GemmKernel::kColumnsInLanes;
-  return rows <= kMaxDotProductRows ? GemmKernel::kDot : GemmKernel::kTokensInLanes;
+  return rows <= (widened ? kMaxWidenedDotProductRows : kMaxDotProductRows) ? GemmKernel::kDot
+                                                                            : GemmKernel::kTokensInLanes;
 }
 
 constexpr WeightLayout transposed(WeightLayout layout) {
@@ -88,13 +90,14 @@ class BlockGemm {
   void load_rows(const Storage* const* rows, int64_t m, int64_t k, WeightLayout layout) {
     m_ = m;
     k_ = k;
-    kernel_ = choose_gemm(layout, m, kernels_.matrix_units != nullptr && k % MatrixUnits::kDepth == 0);
+    kernel_ = choose_gemm(layout, m, !std::is_same_v<Storage, Real>,
+                          kernels_.matrix_units != nullptr && k % MatrixUnits::kDepth == 0);
     if (kernel_ == GemmKernel::kTiles) return load_tile_rows(rows, layout);
     if (kernel_ == GemmKernel::kTokensInLanes) {
-      vectors_ = ceil_div(m, kernels_.lanes);
-      panels_ = ceil_div(vectors_, kernels_.tile_vectors);
+      width_ = ceil_div(m, kernels_.narrow_lanes) * kernels_.narrow_lanes;
+      panels_ = ceil_div(width_, kernels_.panel());
       for (int64_t p = 0; p < panels_; ++p) {
-        const int64_t first = panel_begin(p) * kernels_.lanes, width = panel_begin(p + 1) * kernels_.lanes - first;
+        const int64_t first = panel_begin(p), width = panel_begin(p + 1) - first;
         kernels_.pack_transposed(rows + first, m - first, k, width, packed_ + first * k);
       }
       return;
@@ -144,7 +147,7 @@ class BlockGemm {
   static constexpr int64_t kTilesDepth = 2 * kColumnsDepth;  // of half the width
 
   static int64_t packed_size(const Kernels<Storage>& kernels, int64_t padded_rows, int64_t k) {
-    const int64_t dot_rows = std::min(padded_rows, kMaxDotProductRows);
+    const int64_t dot_rows = std::min(padded_rows, kMaxWidenedDotProductRows);
     return std::max(padded_rows * (k + MatrixUnits::kDepth),
                     dot_rows * (k + ceil_div(k, kDepth) * (kernels.dot_step + kernels.lanes)));
   }
@@ -153,7 +156,7 @@ class BlockGemm {
     return std::max<int64_t>(kMaxTileRows * (kDepth + kernels.lanes), kColumnsDepth * ceil_div(columns, panel) * panel);
   }
   static int64_t sums_size(const Kernels<Storage>& kernels) {
-    return kMaxDotProductRows * kMaxTileRows * kernels.lanes;
+    return kMaxWidenedDotProductRows * kMaxTileRows * kernels.lanes;
   }
 
   // Few rows: all of k, since they are one tile anyway.
@@ -177,7 +180,7 @@ class BlockGemm {
     for (int64_t j = 0; j < count; j += step) {
       const Storage* rows = weight.data + (begin + j) * weight.k;
       m_ <= kMaxDotRows ? dot_tile(rows, std::min(step, count - j), step, c + j, ldc)
-                        : dot_tiles(rows, std::min(step, count - j), c + j, ldc);
+                        : dot_tiles(rows, std::min(step, count - j), step, c + j, ldc);
     }
   }
 
@@ -198,29 +201,31 @@ class BlockGemm {
     run(tail, k_, kAhead + (step - 1) * k_);
   }
 
-  // The first tile waits for memory, the others do not: with two, the second fetches what comes next. More would only
-  // hold up their own loads.
-  void dot_tiles(const Storage* weight, int64_t columns, Real* c, int64_t ldc) {
-    const int64_t last_of_two = m_ <= 2 * kMaxDotRows ? kMaxDotRows : -1;
+  // The first tile waits for memory, the others do not: the second fetches what the first will read next, which at the
+  // end of k is the beginning of the next columns.
+  void dot_tiles(const Storage* weight, int64_t columns, int64_t step, Real* c, int64_t ldc) {
     const Storage* w[kMaxTileRows];
     const Real* a[kMaxDotRows];
     const Real* packed = packed_;
     for (int64_t k0 = 0; k0 < k_; k0 += dot_depth(), packed += m_ * dot_row_size()) {
       const int64_t depth = std::min(dot_depth(), k_ - k0);
+      const int64_t next = k0 + depth < k_ ? depth : step * k_ - k0;
       for (int64_t x = 0; x < columns; ++x) w[x] = weight + x * k_ + k0;
       for (int64_t first = 0; first < m_; first += kMaxDotRows) {
         const int64_t rows = std::min(kMaxDotRows, m_ - first);
         for (int64_t i = 0; i < rows; ++i) a[i] = packed + (first + i) * dot_row_size();
         kernels_.dot(static_cast<int>(rows), static_cast<int>(columns), a, w, depth,
                      sums_ + first * kMaxTileRows * kernels_.lanes, {k0 == 0, k0 + depth == k_}, c + first * ldc, ldc,
-                     first == last_of_two ? depth : 0);
+                     first == kMaxDotRows ? next : 0);
       }
     }
   }
 
-  // The rows fill vectors_ vectors, shared among the panels as evenly as whole vectors allow: 145 rows are 4 + 3 + 3
-  // vectors of 16, where three equal panels would compute 192 rows.
-  int64_t panel_begin(int64_t panel) const { return vectors_ * panel / panels_; }
+  // The rows fill width_ lanes, shared among the panels as evenly as whole vectors allow, of which the last may be a
+  // narrow one: 145 rows are 48 + 48 + 56 lanes, where three equal panels would compute 192 rows.
+  int64_t panel_begin(int64_t panel) const {
+    return panel == panels_ ? width_ : ceil_div(width_, kernels_.lanes) * panel / panels_ * kernels_.lanes;
+  }
 
   // Widens a few rows of the weight, once for all the tiles that read them.
   template <typename WidenRow>
@@ -234,9 +239,9 @@ class BlockGemm {
 
   // A few rows of the weight at a time, each read along k for as long as the packed rows stay cached.
   void multiply_tokens_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
-    const int64_t ld = vectors_ * kernels_.lanes;
+    const int64_t ld = width_;
     const int64_t blocks = ceil_div(k_ * ld * static_cast<int64_t>(sizeof(Real)), kCachedBytes);
-    const int64_t step = kernels_.tile_rows(ceil_div(vectors_, panels_));
+    const int64_t step = kernels_.tile_rows(ceil_div(ceil_div(width_, kernels_.lanes), panels_));
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = k_ * b / blocks, last = k_ * (b + 1) / blocks;
       const int64_t depth = std::is_same_v<Storage, Real> ? last - first : kDepth;
@@ -259,10 +264,9 @@ class BlockGemm {
       stage(rows, [&](int64_t x, Real* row) { kernels_.widen_row(weight + x * stride + k0, depth, row); }, p);
     }
     for (int64_t panel = 0; panel < panels_; ++panel) {
-      const int64_t first = panel_begin(panel) * kernels_.lanes, vectors = panel_begin(panel + 1) - panel_begin(panel);
-      const int64_t width = vectors * kernels_.lanes;
-      kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), p, packed_ + first * k_ + k0 * width, width,
-                     depth, out + first, vectors_ * kernels_.lanes, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
+      const int64_t first = panel_begin(panel), width = panel_begin(panel + 1) - first;
+      kernels_.outer(static_cast<int>(rows), static_cast<int>(width), p, packed_ + first * k_ + k0 * width, width,
+                     depth, out + first, width_, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
     }
   }
 
@@ -282,7 +286,7 @@ class BlockGemm {
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t first = m_ * t / tiles, rows = m_ * (t + 1) / tiles - first;
           for (int64_t x = 0; x < rows; ++x) a[x] = real_rows_[first + x] + k0;
-          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), a, panel, widest, depth,
+          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors * kernels_.lanes), a, panel, widest, depth,
                          c + first * ldc + j, ldc, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
         }
       }
@@ -335,7 +339,7 @@ class BlockGemm {
   Real* sums_;        // unfinished dot products, lane by lane
   Real* transposed_;  // c^T of kTokensInLanes
   const Real** real_rows_;
-  int64_t m_ = 0, k_ = 0, panels_ = 0, vectors_ = 0;
+  int64_t m_ = 0, k_ = 0, panels_ = 0, width_ = 0;
   GemmKernel kernel_ = GemmKernel::kDot;
 };
 

@@ -37,6 +37,7 @@ struct Kernels {
   using Real = Wide<Storage>;
 
   int lanes;                     // Real values per vector
+  int narrow_lanes;              // of the vector that a tile may end with: half as many, or the same
   int accumulators;              // vectors of a tile that fit in registers: rows * vectors <= accumulators
   int tile_vectors;              // widest tile of `outer`, in vectors
   int dot_columns[kMaxDotRows];  // how many columns a tile of `dot` with 1, 2, .. rows has
@@ -45,10 +46,10 @@ struct Kernels {
   int64_t panel() const { return int64_t{tile_vectors} * lanes; }
   int64_t tile_rows(int64_t vectors) const { return std::min(kMaxTileRows, accumulators / vectors); }
 
-  // c[i, j] (+)= sum over x < k of p[i][x] * q[x, j], for i < rows and j < vectors * lanes; row x of q begins at
-  // q + x * ldq.
-  void (*outer)(int rows, int vectors, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c,
-                int64_t ldc, TileStore how);
+  // c[i, j] (+)= sum over x < k of p[i][x] * q[x, j], for i < rows and j < width, a multiple of narrow_lanes; row x of
+  // q begins at q + x * ldq. rows * ceil(width / lanes) <= accumulators.
+  void (*outer)(int rows, int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
+                TileStore how);
 
   // c[i, j] = <a[i], w[j]> for i < rows and j < columns <= dot_columns[rows - 1], over k elements, which may be one
   // part of all: the parts before and after it share `sums`, kMaxDotRows * kMaxTileRows vectors. a is arranged (below),

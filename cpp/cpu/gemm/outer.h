@@ -1,7 +1,8 @@
 // Outer-product micro-kernel: c[i, j] (+)= sum over x of p[i][x] * q[x, j].
 //
-// A tile of `Rows` x `Vectors` vectors stays in registers over all of k. Per step it loads `Vectors` vectors of q,
-// which is packed, and broadcasts `Rows` numbers of p, which is read where it lies. 6 x 4 costs 10 loads for 24 FMAs.
+// A tile of `Rows` x `Vectors` vectors, and perhaps a narrow one at the end of each row, stays in registers over all of
+// k. Per step it loads `Vectors` vectors of q, which is packed, and broadcasts `Rows` numbers of p, which is read where
+// it lies. 6 x 4 costs 10 loads for 24 FMAs.
 #pragma once
 
 #include "gemm/kernels.h"
@@ -9,81 +10,132 @@
 
 namespace moe::MOE_ISA {
 
-template <typename Real, int Rows, int Vectors>
-void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc, TileStore how) {
-  const Real* row[Rows];
-  Vec<Real> tile[Rows][Vectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
-    row[i] = p[i];
-#pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j)
-      tile[i][j] = how == TileStore::kAdd ? load(c + i * ldc + j * kLanes<Real>) : Vec<Real>{};
-  }
-#pragma GCC unroll 1
-  for (int64_t x = 0; x < k; ++x, q += ldq) {
-    Vec<Real> column[Vectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) column[j] = in_register(load(q + j * kLanes<Real>));
+// One piece of a tile's width: `Rows` x `Vectors` vectors of `Bytes`.
+template <typename Real, int Rows, int Vectors, int Bytes>
+struct TilePart {
+  using Wider = VectorOf<Real, Bytes>;
+  using V = typename Wider::Type;
+  static constexpr int kLanes = Wider::kLanes;
+  V sums[Rows][Vectors > 0 ? Vectors : 1];
+  V column[Vectors > 0 ? Vectors : 1];
+
+  static V load(const Real* p) { return *reinterpret_cast<const typename Wider::Unaligned*>(p); }
+  void begin(const Real* c, int64_t ldc, bool add) {
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
-      // One vector of q uses each element once: there the broadcast is best left to the multiplication.
-      const Vec<Real> element = Vectors > 1 ? in_register(broadcast(row[i][x])) : broadcast(row[i][x]);
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) tile[i][j] += element * column[j];
+      for (int j = 0; j < Vectors; ++j) sums[i][j] = add ? load(c + i * ldc + j * kLanes) : V{};
     }
   }
+  __attribute__((always_inline)) void read(const Real* q) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) column[j] = in_register(load(q + j * kLanes));
+  }
+  __attribute__((always_inline)) void add(int i, V element) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) sums[i][j] += element * column[j];
+  }
+  void end(Real* c, int64_t ldc, bool past_caches) const {
 #pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
+    for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) {
-      Real* out = c + i * ldc + j * kLanes<Real>;
-      how == TileStore::kStream ? stream(out, tile[i][j]) : store(out, tile[i][j]);
+      for (int j = 0; j < Vectors; ++j) {
+        Real* out = c + i * ldc + j * kLanes;
+        if constexpr (Bytes == MOE_VECTOR_BYTES) {
+          past_caches ? stream(out, sums[i][j]) : store(out, sums[i][j]);
+        } else {
+          *reinterpret_cast<typename Wider::Unaligned*>(out) = sums[i][j];
+        }
+      }
     }
   }
+};
+
+template <typename Real, int Rows, int Vectors, int Narrow>
+void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc, TileStore how) {
+  constexpr int kWide = Vectors * kLanes<Real>;
+  TilePart<Real, Rows, Vectors, MOE_VECTOR_BYTES> wide;
+  TilePart<Real, Rows, Narrow, kNarrowBytes> narrow;
+  const Real* row[Rows];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) row[i] = p[i];
+  wide.begin(c, ldc, how == TileStore::kAdd);
+  narrow.begin(c + kWide, ldc, how == TileStore::kAdd);
+#pragma GCC unroll 1
+  for (int64_t x = 0; x < k; ++x, q += ldq) {
+    wide.read(q);
+    narrow.read(q + kWide);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      if constexpr (Vectors > 0) {
+        // One vector of q uses each element once: there the broadcast is best left to the multiplication.
+        const Vec<Real> element = Vectors + Narrow > 1 ? in_register(broadcast(row[i][x])) : broadcast(row[i][x]);
+        wide.add(i, element);
+        if constexpr (Narrow > 0) {
+          typename VectorOf<Real, kNarrowBytes>::Type low;
+          std::memcpy(&low, &element, sizeof(low));
+          narrow.add(i, low);
+        }
+      } else {
+        narrow.add(i, row[i][x] - typename VectorOf<Real, kNarrowBytes>::Type{});
+      }
+    }
+  }
+  wide.end(c, ldc, how == TileStore::kStream);
+  narrow.end(c + kWide, ldc, false);
 }
 
 template <typename Real, int Rows>
-void outer_rows(int vectors, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
+void outer_rows(int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
                 TileStore how) {
-  const auto run = [&]<int Vectors>() {
-    if constexpr (Rows * Vectors <= MOE_ACCUMULATORS && Vectors <= MOE_TILE_VECTORS) {
-      outer_tile<Real, Rows, Vectors>(p, q, ldq, k, c, ldc, how);
+  const int vectors = width / kLanes<Real>;
+  const auto run = [&]<int Vectors, int Narrow>() {
+    if constexpr (Rows * (Vectors + Narrow) <= MOE_ACCUMULATORS && Vectors + Narrow <= MOE_TILE_VECTORS &&
+                  Vectors + Narrow > 0) {
+      outer_tile<Real, Rows, Vectors, Narrow>(p, q, ldq, k, c, ldc, how);
     }
   };
-  switch (vectors) {
-    case 1:
-      return run.template operator()<1>();
-    case 2:
-      return run.template operator()<2>();
-    case 3:
-      return run.template operator()<3>();
-    case 4:
-      return run.template operator()<4>();
+  const auto run_vectors = [&]<int Narrow>() {
+    switch (vectors) {
+      case 0:
+        return run.template operator()<0, Narrow>();
+      case 1:
+        return run.template operator()<1, Narrow>();
+      case 2:
+        return run.template operator()<2, Narrow>();
+      case 3:
+        return run.template operator()<3, Narrow>();
+      case 4:
+        return run.template operator()<4, Narrow>();
+    }
+  };
+  if constexpr (kNarrowBytes < MOE_VECTOR_BYTES) {
+    if (width % kLanes<Real> != 0) return run_vectors.template operator()<1>();
   }
+  run_vectors.template operator()<0>();
 }
 
 template <typename Real>
-void outer(int rows, int vectors, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
+void outer(int rows, int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
            TileStore how) {
   static_assert(kMaxTileRows == 8 && MOE_TILE_VECTORS <= kMaxTileVectors, "one case per number of rows and vectors");
   switch (rows) {
     case 1:
-      return outer_rows<Real, 1>(vectors, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, 1>(width, p, q, ldq, k, c, ldc, how);
     case 2:
-      return outer_rows<Real, 2>(vectors, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, 2>(width, p, q, ldq, k, c, ldc, how);
     case 3:
-      return outer_rows<Real, 3>(vectors, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, 3>(width, p, q, ldq, k, c, ldc, how);
     case 4:
-      return outer_rows<Real, 4>(vectors, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, 4>(width, p, q, ldq, k, c, ldc, how);
     case 5:
-      return outer_rows<Real, 5>(vectors, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, 5>(width, p, q, ldq, k, c, ldc, how);
     case 6:
-      return outer_rows<Real, 6>(vectors, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, 6>(width, p, q, ldq, k, c, ldc, how);
     case 7:
-      return outer_rows<Real, 7>(vectors, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, 7>(width, p, q, ldq, k, c, ldc, how);
     case 8:
-      return outer_rows<Real, 8>(vectors, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, 8>(width, p, q, ldq, k, c, ldc, how);
   }
 }
 

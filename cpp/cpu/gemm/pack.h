@@ -20,7 +20,7 @@ inline void transpose_square(Vec<Real> (&v)[kLanes<Real>]) {
   }
 }
 
-// q[x, i] = rows[i][x]; columns m .. width - 1 are zero. `width` is a multiple of kLanes.
+// q[x, i] = rows[i][x]; columns m .. width - 1 are zero. `width` is a multiple of kNarrowLanes.
 template <typename Storage>
 void pack_transposed(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Wide<Storage>* q) {
   using Real = Wide<Storage>;
@@ -35,7 +35,9 @@ void pack_transposed(const Storage* const* rows, int64_t m, int64_t k, int64_t w
         square[i] = i >= used ? Vec<Real>{} : rest == n ? load(rows[i0 + i] + x) : load_first(rows[i0 + i] + x, rest);
       }
       transpose_square<Real>(square);
-      if (rest == n) {
+      if (width - i0 < n) {
+        for (int64_t i = 0; i < rest; ++i) store_first(q + (x + i) * width + i0, square[i], kNarrowLanes<Real>);
+      } else if (rest == n) {
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) store(q + (x + i) * width + i0, square[i]);
       } else {

@@ -20,16 +20,20 @@
 namespace moe::MOE_ISA {
 
 // Real is the type of the arithmetic: double for double, float for every other storage type.
-template <typename Real>
+template <typename Real, int Bytes = MOE_VECTOR_BYTES>
 struct VectorOf {
-  static constexpr int kLanes = MOE_VECTOR_BYTES / sizeof(Real);
-  typedef Real Type __attribute__((vector_size(MOE_VECTOR_BYTES)));
-  typedef Real Unaligned __attribute__((vector_size(MOE_VECTOR_BYTES), aligned(alignof(Real)), may_alias));
+  static constexpr int kLanes = Bytes / sizeof(Real);
+  typedef Real Type __attribute__((vector_size(Bytes)));
+  typedef Real Unaligned __attribute__((vector_size(Bytes), aligned(alignof(Real)), may_alias));
 };
 template <typename Real>
 using Vec = typename VectorOf<Real>::Type;
 template <typename Real>
 inline constexpr int kLanes = VectorOf<Real>::kLanes;
+// The vector that a tile may end with: half of a wide one, which costs half where the units are 256 bits wide.
+inline constexpr int kNarrowBytes = MOE_VECTOR_BYTES == 64 ? 32 : MOE_VECTOR_BYTES;
+template <typename Real>
+inline constexpr int kNarrowLanes = kNarrowBytes / sizeof(Real);
 
 typedef int32_t Int __attribute__((vector_size(MOE_VECTOR_BYTES)));
 typedef uint32_t UInt __attribute__((vector_size(MOE_VECTOR_BYTES)));

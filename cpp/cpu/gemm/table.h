@@ -15,6 +15,7 @@ const Kernels<Storage>& table() {
   using Real = Wide<Storage>;
   static constexpr Kernels<Storage> kTable = {
       .lanes = kLanes<Real>,
+      .narrow_lanes = kNarrowLanes<Real>,
       .accumulators = MOE_ACCUMULATORS,
       .tile_vectors = MOE_TILE_VECTORS,
       .dot_columns = {kDotColumns<Storage, 1>, kDotColumns<Storage, 2>, kDotColumns<Storage, 3>,

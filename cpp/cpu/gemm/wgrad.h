@@ -196,7 +196,8 @@ class WgradWorker {
         const int64_t used = std::min(widest, strip.columns - j), vectors = ceil_div(used, kernels_.lanes);
         Storage* output = strip.output + i * args_.n + j;
         const auto multiply = [&](Real* c, int64_t ldc, TileStore how) {
-          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors), row, panel, widest, depth, c, ldc, how);
+          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors * kernels_.lanes), row, panel, widest, depth,
+                         c, ldc, how);
         };
         if constexpr (std::is_same_v<Storage, Real>) {
           if (used == vectors * kernels_.lanes) {
