@@ -14,6 +14,21 @@ collectives of ``torch.distributed`` on whatever backend the group has.
 """
 
 from torch_moe.distributed.balance import count_moves, placement_of, rank_loads, solve_placement
+from torch_moe.distributed.faults import RankLost, agree_on_survivors, guard, regroup, without_ranks
+from torch_moe.distributed.gradients import average_gradients, clip_grad_norm_
 from torch_moe.distributed.placement import Placement
 
-__all__ = ["Placement", "count_moves", "placement_of", "rank_loads", "solve_placement"]
+__all__ = [
+    "Placement",
+    "RankLost",
+    "agree_on_survivors",
+    "average_gradients",
+    "clip_grad_norm_",
+    "count_moves",
+    "guard",
+    "placement_of",
+    "rank_loads",
+    "regroup",
+    "solve_placement",
+    "without_ranks",
+]

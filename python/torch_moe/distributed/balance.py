@@ -61,7 +61,7 @@ def solve_placement(
 
     Notes
     -----
-    64 layers of 256 experts, Zipf loads, two busy virtual cores of a Xeon (``benchmarks/bench_placement.py``): 0.08 s
+    64 layers of 256 experts, Zipf loads, two busy virtual cores of an EPYC (``benchmarks/bench_placement.py``): 0.08 s
     for 32 ranks with 32 redundant experts, the busiest rank 0.1 % above the mean (EPLB's greedy algorithm: 0.5 %).
     After the loads drifted by 20 %, 31 of 288 experts move from ``current`` to come within 2 %; a fresh solution moves
     269.

@@ -1,0 +1,64 @@
+"""A lost rank is named on the others, which go on without it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torch_moe.distributed import Placement, agree_on_survivors, placement_of, solve_placement, without_ranks
+
+SCRIPT = Path(__file__).parent / "distributed" / "faults.py"
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+)
+
+
+@pytest.mark.parametrize("fault", ["killed", "hung"])
+def test_a_lost_rank_is_named_and_the_others_go_on(fault, tmp_path):
+    options = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    command = [sys.executable, "-W", "error", str(SCRIPT)]
+    ranks = [
+        subprocess.Popen([*command, str(rank), "3", str(tmp_path / "store"), fault], **options) for rank in range(3)
+    ]
+    try:
+        errors = [ranks[rank].communicate(timeout=60)[1] for rank in (0, 2)]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [ranks[rank].returncode for rank in (0, 2)] == [0, 0], "\n".join(errors)
+    ranks[1].communicate()
+    assert ranks[1].returncode == -signal.SIGKILL
+
+
+def test_who_is_too_late_is_told_so():
+    store = torch.distributed.HashStore()
+    assert agree_on_survivors(store, 0, [0, 1], timeout=0.01) == [0]
+    with pytest.raises(RuntimeError, match=r"rank 1 answered too late, ranks \[0\] go on without it"):
+        agree_on_survivors(store, 1, [0, 1], timeout=0.01)
+    assert agree_on_survivors(store, 1, [1], timeout=0.01, round_name="1") == [1]
+
+
+@given(st.integers(1, 12), st.integers(2, 5), st.data())
+def test_placements_without_ranks(num_experts, ep_size, data):
+    redundant = data.draw(st.integers(0, num_experts))
+    loads = torch.arange(num_experts).float()
+    whole = placement_of(solve_placement(loads, ep_size, num_redundant=redundant), num_experts)
+    lost = data.draw(st.lists(st.integers(0, ep_size - 1), unique=True, max_size=ep_size - 1))
+    left = [rank for rank in range(ep_size) if rank not in lost]
+    reduced = without_ranks(whole, lost, ep_size)
+    for number, rank in enumerate(left):
+        assert reduced.experts_of(number) == whole.experts_of(rank)
+    assert (reduced.table >= -1).all()
+    assert ((reduced.table[:, 1:] < 0) | (reduced.table[:, :-1] >= 0)).all()  # -1 only at the end
+
+
+def test_losing_every_rank_is_refused():
+    with pytest.raises(ValueError, match=r"lost must leave some of 2 ranks, got \[0, 1\]"):
+        without_ranks(Placement.identity(4, 2), [0, 1], 2)
