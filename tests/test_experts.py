@@ -6,7 +6,7 @@ from helpers import ALL_DTYPES, DTYPES, check_against_reference, expert_inputs, 
 
 from torch_moe import ops, reference
 from torch_moe.ops.activation import is_gated
-from torch_moe.testing import ROUTINGS, SHAPES, assert_close, routing
+from torch_moe.testing import ROUTINGS, SHAPES, Shape, assert_close, routing
 
 UNALIGNED = SHAPES["unaligned"]
 
@@ -160,6 +160,7 @@ def test_unneeded_gradients_are_not_computed(device):
         "weight_layout": "out_in",
         "alpha": 1.0,
         "up_offset": 0.0,
+        "row_invariant": False,
     }
     biases = inputs.pop("gate_up_bias"), inputs.pop("down_bias")
     hidden_states, gate_up_proj, down_proj, topk_weights = inputs.values()
@@ -233,3 +234,28 @@ GOOD = expert_inputs(UNALIGNED, torch.float32, "cpu", bias=True)
 def test_errors(change, message):
     with pytest.raises(RuntimeError, match=message):
         ops.experts(**{**GOOD, "plan": PLAN, **change})
+
+
+@pytest.mark.parametrize("weight_layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_row_invariant_parts_give_the_bits_of_the_whole(dtype, weight_layout, isa, device):
+    """However few rows a part leaves an expert, and whichever kernel that would call for."""
+    shape = Shape(num_tokens=150, hidden_size=96, intermediate_size=64, num_experts=3, top_k=2)
+    inputs = expert_inputs(shape, dtype, device, weight_layout=weight_layout)
+    ids = routing("uniform", shape.num_tokens, shape.num_experts, shape.top_k).to(device)
+    grad = randn(shape.num_tokens, shape.hidden_size, dtype=dtype, device=device, seed=9)
+
+    def part(begin, end):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+        tokens, weights = leaves.pop("hidden_states"), leaves.pop("topk_weights")
+        output = ops.experts(
+            tokens[begin:end], topk_weights=weights[begin:end], plan=ops.plan(ids[begin:end], shape.num_experts),
+            weight_layout=weight_layout, row_invariant=True, **leaves,
+        )  # fmt: skip
+        grads = torch.autograd.grad(output, (tokens, weights), grad[begin:end])
+        return output, *(gradient[begin:end] for gradient in grads)
+
+    whole = part(0, 150)
+    for begin, end in ((0, 2), (2, 9), (9, 40), (40, 150)):
+        for actual, expected in zip(part(begin, end), whole, strict=True):
+            assert torch.equal(actual, expected[begin:end])

@@ -46,7 +46,8 @@ class DownBackwardWorker {
     const auto& [rows, block, begin, count] = units_[index];
     const Weight<Storage> weight = transposed(experts_.down_proj(rows.expert));
     if (loaded_ != rows.first) {
-      gemm_.load_rows(args_.grad_rows + rows.first, rows.rows, experts_.hidden, weight.layout);
+      gemm_.load_rows(args_.grad_rows + rows.first, rows.rows, experts_.hidden, weight.layout,
+                      experts_.layer.row_invariant);
       loaded_ = rows.first;
     }
     gemm_.multiply(weight, Columns{{begin, 0}, count, 1}, c_, kColumnsPerUnit);

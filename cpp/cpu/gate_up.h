@@ -38,7 +38,8 @@ class GateUpWorker {
     const auto& [rows, block, begin, count] = units_[index];
     const Weight<Storage> weight = experts_.gate_up_proj(rows.expert);
     if (loaded_ != rows.first) {
-      gemm_.load_rows(args_.hidden_rows + rows.first, rows.rows, experts_.hidden, weight.layout);
+      gemm_.load_rows(args_.hidden_rows + rows.first, rows.rows, experts_.hidden, weight.layout,
+                      experts_.layer.row_invariant);
       loaded_ = rows.first;
     }
     const Columns columns = experts_.layout.columns(begin, count);

@@ -82,7 +82,7 @@ class TokenReducer {
   void add_rows(int64_t expert, int64_t first, int64_t rows, int64_t begin, int64_t count) {
     Weight<Storage> weight = (experts_.*args_.weight)(expert);
     if (args_.transpose_weight) weight = transposed(weight);
-    gemm_.load_rows(args_.rows + first, rows, args_.k, weight.layout);
+    gemm_.load_rows(args_.rows + first, rows, args_.k, weight.layout, experts_.layer.row_invariant);
     gemm_.multiply(weight, Columns{{begin, 0}, count, 1}, c_, columns_);
     if (args_.bias != nullptr) {
       experts_.table.widen_row(args_.bias + expert * experts_.hidden + begin, count, bias_);

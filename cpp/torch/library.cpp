@@ -51,14 +51,16 @@ STABLE_TORCH_LIBRARY(moe, m) {
       "experts(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, "
       "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor? gate_up_bias=None, "
       "Tensor? down_bias=None, *, str activation='swiglu', str gate_layout='concat', str weight_layout='out_in', "
-      "float alpha=1.0, float? limit=None, float up_offset=0.0, bool save_pre_activation=True, "
+      "float alpha=1.0, float? limit=None, float up_offset=0.0, bool row_invariant=False, "
+      "bool save_pre_activation=True, "
       "bool accumulate=False) -> (Tensor output, Tensor pre_activation)");
   // A gradient that is not needed comes back as an empty tensor of shape [0].
   m.def(
       "experts_backward(Tensor grad_output, Tensor hidden_states, Tensor pre_activation, Tensor gate_up_proj, "
       "Tensor down_proj, Tensor topk_weights, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, "
       "Tensor? gate_up_bias, Tensor? down_bias, *, str activation, str gate_layout, str weight_layout, float alpha, "
-      "float? limit, float up_offset, bool needs_hidden_states, bool needs_projections, bool needs_topk_weights, "
+      "float? limit, float up_offset, bool row_invariant, bool needs_hidden_states, "
+      "bool needs_projections, bool needs_topk_weights, "
       "bool needs_biases) -> (Tensor grad_hidden_states, Tensor grad_gate_up_proj, Tensor grad_down_proj, "
       "Tensor grad_topk_weights, Tensor grad_gate_up_bias, Tensor grad_down_bias)");
   // The gradients of the projections are added to the two tensors given.
@@ -67,6 +69,7 @@ STABLE_TORCH_LIBRARY(moe, m) {
       "Tensor hidden_states, Tensor pre_activation, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, "
       "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor? gate_up_bias, Tensor? down_bias, *, "
       "str activation, str gate_layout, str weight_layout, float alpha, float? limit, float up_offset, "
+      "bool row_invariant, "
       "bool needs_hidden_states, bool needs_topk_weights, bool needs_biases) -> (Tensor grad_hidden_states, "
       "Tensor grad_topk_weights, Tensor grad_gate_up_bias, Tensor grad_down_bias)");
 
@@ -88,4 +91,22 @@ STABLE_TORCH_LIBRARY(moe, m) {
   m.def(
       "ep_reduce(Tensor rows, Tensor like, Tensor slot_to_row, Tensor? physical_ids, int hidden_size, "
       "int num_local_experts) -> (Tensor output, Tensor weights)");
+  // With the exchange, in Python: python/torch_moe/distributed/experts.py. The received rows are in flight.
+  m.def(
+      "ep_dispatch(Tensor hidden_states, Tensor topk_weights, Tensor physical_ids, Tensor rank_offsets, "
+      "Tensor row_to_slot, Tensor slot_to_row, Tensor counts, str group_name, *, str wire='input', bool check=False) "
+      "-> (Tensor received_counts, Tensor[] received)");
+  m.def(
+      "ep_experts(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, "
+      "Tensor rank_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor physical_ids, Tensor received_counts, "
+      "Tensor[] received, Tensor? gate_up_bias=None, Tensor? down_bias=None, *, str group_name, int num_local_experts, "
+      "str wire='input', str activation, str gate_layout, str weight_layout, float alpha, float? limit, "
+      "float up_offset, bool save=True, bool recompute=False) -> (Tensor output, Tensor[] saved)");
+  m.def(
+      "ep_experts_backward(Tensor grad_output, Tensor gate_up_proj, Tensor down_proj, Tensor rank_offsets, "
+      "Tensor row_to_slot, Tensor slot_to_row, Tensor physical_ids, Tensor received_counts, Tensor[] saved, "
+      "Tensor? gate_up_bias, Tensor? down_bias, *, str group_name, int num_local_experts, str activation, "
+      "str gate_layout, str weight_layout, float alpha, float? limit, float up_offset, bool needs_projections, "
+      "bool needs_biases) -> (Tensor grad_hidden_states, Tensor grad_gate_up_proj, Tensor grad_down_proj, "
+      "Tensor grad_topk_weights, Tensor grad_gate_up_bias, Tensor grad_down_bias)");
 }

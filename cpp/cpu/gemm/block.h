@@ -87,10 +87,11 @@ class BlockGemm {
   }
 
   // Makes m rows of width k ready for any number of calls of multiply. The pointers are not kept; the rows are.
-  void load_rows(const Storage* const* rows, int64_t m, int64_t k, WeightLayout layout) {
+  // row_invariant: as if there were many, so that a row's result does not depend on how many others there are.
+  void load_rows(const Storage* const* rows, int64_t m, int64_t k, WeightLayout layout, bool row_invariant = false) {
     m_ = m;
     k_ = k;
-    kernel_ = choose_gemm(layout, m, !std::is_same_v<Storage, Real>,
+    kernel_ = choose_gemm(layout, row_invariant ? kMaxWidenedDotProductRows + 1 : m, !std::is_same_v<Storage, Real>,
                           kernels_.matrix_units != nullptr && k % MatrixUnits::kDepth == 0);
     if (kernel_ == GemmKernel::kTiles) return load_tile_rows(rows, layout);
     if (kernel_ == GemmKernel::kTokensInLanes) {

@@ -30,6 +30,9 @@ struct ExpertsLayer {
   DType dtype;
   WeightLayout weight_layout;
   ActivationOptions activation;
+  // What a row gives does not depend on how many other rows its expert has: parts of a batch then give the bits of the
+  // whole. Otherwise few rows may be computed in another order of summation, which is faster.
+  bool row_invariant = false;
 };
 
 struct ExpertsArgs {

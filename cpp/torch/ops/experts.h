@@ -16,16 +16,18 @@ struct ExpertsTensors {
   PlanTensors plan;
   ActivationOptions activation;
   WeightLayout weight_layout;
+  bool row_invariant;
   Argument hidden_states, gate_up_proj, down_proj, topk_weights;
   std::optional<Argument> gate_up_bias, down_bias;
   int64_t hidden_size, intermediate_size, pre_activation_size;
 
   ExpertsTensors(const Op& op, const PlanTensors& the_plan, const ActivationOptions& options, WeightLayout layout,
-                 const Tensor& tokens, const Tensor& w1, const Tensor& w2, const Tensor& weights,
+                 bool by_row, const Tensor& tokens, const Tensor& w1, const Tensor& w2, const Tensor& weights,
                  const std::optional<Tensor>& b1, const std::optional<Tensor>& b2)
       : plan(the_plan),
         activation(options),
         weight_layout(layout),
+        row_invariant(by_row),
         hidden_states(op.argument("hidden_states", tokens).rank(2, "[num_tokens, hidden_size]").floating()),
         gate_up_proj(op.argument("gate_up_proj", w1).rank(3, gate_up_legend()).type(type())),
         down_proj(op.argument("down_proj", w2).rank(3, down_legend()).type(type())),
@@ -62,7 +64,8 @@ struct ExpertsTensors {
             .intermediate_size = intermediate_size,
             .dtype = dtype(),
             .weight_layout = weight_layout,
-            .activation = activation};
+            .activation = activation,
+            .row_invariant = row_invariant};
   }
 
  private:
@@ -88,13 +91,13 @@ std::tuple<Tensor, Tensor> experts(const Tensor& hidden_states, const Tensor& ga
                                    const Tensor& slot_to_row, const std::optional<Tensor>& gate_up_bias,
                                    const std::optional<Tensor>& down_bias, const std::string& activation,
                                    const std::string& gate_layout, const std::string& weight_layout, double alpha,
-                                   std::optional<double> limit, double up_offset, bool save_pre_activation,
-                                   bool /*accumulate, for the backward*/) {
+                                   std::optional<double> limit, double up_offset, bool row_invariant,
+                                   bool save_pre_activation, bool /*accumulate, for the backward*/) {
   const Op op("experts", hidden_states);
   const PlanTensors plan(op, expert_offsets, row_to_slot, slot_to_row);
   const ExpertsTensors tensors(op, plan, parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
-                               parse_weight_layout(op, weight_layout), hidden_states, gate_up_proj, down_proj,
-                               topk_weights, gate_up_bias, down_bias);
+                               parse_weight_layout(op, weight_layout), row_invariant, hidden_states, gate_up_proj,
+                               down_proj, topk_weights, gate_up_bias, down_bias);
   Tensor output = op.empty({plan.num_tokens(), tensors.hidden_size}, tensors.type());
   Tensor pre_activation =
       op.empty({save_pre_activation ? plan.num_rows() : 0, tensors.pre_activation_size}, tensors.type());
@@ -121,11 +124,11 @@ ExpertsGradients experts_gradients(const Op& op, const WantedGradients& wanted, 
                                    const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
                                    const std::string& activation, const std::string& gate_layout,
                                    const std::string& weight_layout, double alpha, std::optional<double> limit,
-                                   double up_offset) {
+                                   double up_offset, bool row_invariant) {
   const PlanTensors plan(op, expert_offsets, row_to_slot, slot_to_row);
   const ExpertsTensors tensors(op, plan, parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
-                               parse_weight_layout(op, weight_layout), hidden_states, gate_up_proj, down_proj,
-                               topk_weights, gate_up_bias, down_bias);
+                               parse_weight_layout(op, weight_layout), row_invariant, hidden_states, gate_up_proj,
+                               down_proj, topk_weights, gate_up_bias, down_bias);
   const Argument grad = op.argument("grad_output", grad_output)
                             .shape({plan.num_tokens(), tensors.hidden_size}, "[num_tokens, hidden_size]")
                             .type(tensors.type());
@@ -183,13 +186,13 @@ ExpertsGradients experts_backward(const Tensor& grad_output, const Tensor& hidde
                                   const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
                                   const std::string& activation, const std::string& gate_layout,
                                   const std::string& weight_layout, double alpha, std::optional<double> limit,
-                                  double up_offset, bool needs_hidden_states, bool needs_projections,
-                                  bool needs_topk_weights, bool needs_biases) {
+                                  double up_offset, bool row_invariant, bool needs_hidden_states,
+                                  bool needs_projections, bool needs_topk_weights, bool needs_biases) {
   const WantedGradients wanted{needs_hidden_states, needs_projections, needs_topk_weights, needs_biases};
   return experts_gradients<Device>(Op("experts_backward", hidden_states), wanted, grad_output, hidden_states,
                                    pre_activation, gate_up_proj, down_proj, topk_weights, expert_offsets, row_to_slot,
                                    slot_to_row, gate_up_bias, down_bias, activation, gate_layout, weight_layout, alpha,
-                                   limit, up_offset);
+                                   limit, up_offset, row_invariant);
 }
 
 template <typename Device>
@@ -199,13 +202,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward_(
     const Tensor& topk_weights, const Tensor& expert_offsets, const Tensor& row_to_slot, const Tensor& slot_to_row,
     const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias, const std::string& activation,
     const std::string& gate_layout, const std::string& weight_layout, double alpha, std::optional<double> limit,
-    double up_offset, bool needs_hidden_states, bool needs_topk_weights, bool needs_biases) {
+    double up_offset, bool row_invariant, bool needs_hidden_states, bool needs_topk_weights, bool needs_biases) {
   const WantedGradients wanted{needs_hidden_states, true,           needs_topk_weights, needs_biases,
                                &grad_gate_up_proj,  &grad_down_proj};
   const auto [tokens, gate_up, down, weights, bias1, bias2] = experts_gradients<Device>(
       Op("experts_backward_", hidden_states), wanted, grad_output, hidden_states, pre_activation, gate_up_proj,
       down_proj, topk_weights, expert_offsets, row_to_slot, slot_to_row, gate_up_bias, down_bias, activation,
-      gate_layout, weight_layout, alpha, limit, up_offset);
+      gate_layout, weight_layout, alpha, limit, up_offset, row_invariant);
   return {tokens, weights, bias1, bias2};
 }
 

@@ -13,18 +13,25 @@ collectives of ``torch.distributed`` on whatever backend the group has.
   ``ProcessGroup``, or a ``DeviceMesh`` of one dimension or with one named ``ep``.
 """
 
+from torch_moe.distributed import experts  # its operators get their implementations by being imported
 from torch_moe.distributed.balance import count_moves, placement_of, rank_loads, solve_placement
+from torch_moe.distributed.exchange import check_splits
 from torch_moe.distributed.faults import RankLost, agree_on_survivors, guard, regroup, without_ranks
 from torch_moe.distributed.gradients import average_gradients, clip_grad_norm_
+from torch_moe.distributed.layer import ExpertParallel, ShardedExperts
 from torch_moe.distributed.placement import Placement
 
 __all__ = [
+    "ExpertParallel",
     "Placement",
     "RankLost",
+    "ShardedExperts",
     "agree_on_survivors",
     "average_gradients",
+    "check_splits",
     "clip_grad_norm_",
     "count_moves",
+    "experts",
     "guard",
     "placement_of",
     "rank_loads",

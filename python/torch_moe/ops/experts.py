@@ -26,6 +26,7 @@ def experts(
     up_offset: float = 0.0,
     recompute: bool = False,
     accumulate: bool = False,
+    row_invariant: bool = False,
 ) -> Tensor:
     r"""Send each token through its experts' feed-forward networks and sum by weight.
 
@@ -67,6 +68,9 @@ def experts(
         are leaves that have one of their dtype: the gradient of a micro-batch is then never stored by itself.
         Autograd does not see these additions: hooks on the parameters' gradients get None, so it is not for what
         relies on them (DDP, FSDP). Without effect in a compiled graph and under autocast.
+    row_invariant : bool, default=False
+        Let what a row gives not depend on how many rows its expert has: then parts of a batch give the bits of the
+        whole, in output and gradients of ``hidden_states`` and ``topk_weights``. Few rows are slower.
 
     Returns
     -------
@@ -103,6 +107,7 @@ def experts(
         alpha=alpha,
         limit=limit,
         up_offset=up_offset,
+        row_invariant=row_invariant,
         save_pre_activation=needs_grad and not recompute,
         accumulate=accumulate,
     )[0]

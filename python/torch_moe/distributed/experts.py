@@ -1,0 +1,382 @@
+"""ep_dispatch, ep_experts: the experts of all ranks as two operators, the exchange in flight between them.
+
+::
+
+    forward    pack -> [counts] -> [rows, by chunk] => index -> experts -> [partial sums, by chunk] => sum
+    backward   gather -> [gradients, by chunk] => gradients of rows -> [those, by chunk] => sum
+                                                  gradients of parameters, of all chunks at once
+
+[..] is an exchange, => a wait for the next chunk only: while one chunk is computed, the others travel. The bits do not
+depend on the number of chunks: a row's result does not depend on the other rows, a token's rows are summed in the order
+of the ranks, and the gradients of the parameters are computed once, over all rows in the order (rank, token).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_moe.distributed import exchange
+from torch_moe.ops._common import Context, Options, check_rank, refuse_double_backward, register_fake
+from torch_moe.ops.ep_pack import row_bytes
+
+# Up to here every kernel that is chosen by the number of rows is that for few: in parts as in the whole.
+_FEW_ROWS = 4
+_SAVED = 6  # tensors kept per chunk: hidden_states, topk_weights, the three of the plan, the pre-activation
+
+
+def _dispatch(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    physical_ids: Tensor,
+    rank_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    counts: Tensor,
+    group_name: str,
+    *,
+    wire: str = "input",
+    check: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """Start the exchange of all chunks; the rows are not there yet."""
+    ranks, top_k = slot_to_row.shape[1], physical_ids.shape[1]
+    num_chunks = (rank_offsets.shape[0] - 1) // ranks
+    size = _row_bytes(hidden_states, top_k, wire)
+    told = torch.cat([counts, counts.new_full((ranks, 1), size)], dim=1)
+    equal = [1] * ranks
+    answer = exchange.start(told, equal, equal, group_name)  # in flight while the rows are packed
+    rows = torch.ops.moe.ep_pack(
+        hidden_states,
+        topk_weights,
+        physical_ids,
+        row_to_slot,
+        ranks,
+        counts.shape[1] - 2 * num_chunks,
+        wire=wire,
+    )
+    received_counts = exchange.wait(answer)
+    known = exchange.Counts(rank_offsets, received_counts)
+    known.check(size, top_k)
+    received = []
+    for chunk in range(num_chunks):
+        send, receive = known.send(chunk), known.receive(chunk)
+        if check:
+            exchange.check_splits(send, receive, group_name, rows.device)
+        received.append(exchange.start(rows[known.bounds(chunk)], send, receive, group_name))
+    return received_counts, received
+
+
+def _row_bytes(hidden_states: Tensor, top_k: int, wire: str) -> int:
+    hidden_size, dtype = hidden_states.shape[1], hidden_states.dtype
+    return row_bytes(hidden_size, dtype, top_k=top_k, wire=wire, has_ids=True, has_weights=True)
+
+
+@register_fake("ep_dispatch")
+def _(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    physical_ids: Tensor,
+    rank_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    counts: Tensor,
+    group_name: str,
+    *,
+    wire: str = "input",
+    check: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    check_rank("ep_dispatch", "hidden_states", hidden_states, 2)
+    ranks = slot_to_row.shape[1]
+    size = _row_bytes(hidden_states, physical_ids.shape[1], wire)
+    context = torch.library.get_ctx()
+    received = [
+        hidden_states.new_empty((context.new_dynamic_size(), size), dtype=torch.uint8)
+        for _ in range((rank_offsets.shape[0] - 1) // ranks)
+    ]
+    return counts.new_empty((ranks, counts.shape[1] + 1)), received
+
+
+def _experts(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    rank_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    physical_ids: Tensor,
+    received_counts: Tensor,
+    received: list[Tensor],
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    group_name: str,
+    num_local_experts: int,
+    wire: str = "input",
+    save: bool = True,
+    recompute: bool = False,
+    **options: Options,
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute what arrived, chunk by chunk, and sum what comes back."""
+    known = exchange.Counts(rank_offsets, received_counts)
+    top_k, hidden_size = topk_weights.shape[1], hidden_states.shape[1]
+    row_invariant = known.most_rows_of_an_expert() > _FEW_ROWS
+    returned, saved = [], []
+    for chunk, rows in enumerate(received):
+        index = torch.ops.moe.ep_index(
+            exchange.wait(rows),
+            hidden_states,
+            hidden_size,
+            top_k,
+            gate_up_proj.shape[0],
+            known.pairs(chunk),
+            wire=wire,
+        )
+        tokens, weights, *plan = index
+        sums, pre_activation = torch.ops.moe.experts(
+            tokens,
+            gate_up_proj,
+            down_proj,
+            weights,
+            *plan,
+            gate_up_bias,
+            down_bias,
+            row_invariant=row_invariant,
+            save_pre_activation=save and not recompute,
+            **options,
+        )
+        returned.append(exchange.start(sums, known.receive(chunk), known.send(chunk), group_name))
+        if save:
+            saved += [*index, pre_activation]
+    sums = _joined([exchange.wait(rows) for rows in returned])
+    output = torch.ops.moe.combine(sums, None, rank_offsets, row_to_slot[: known.rows_sent], slot_to_row)
+    return output, saved
+
+
+def _joined(chunks: list[Tensor]) -> Tensor:
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+
+@register_fake("ep_experts")
+def _(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    rank_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    physical_ids: Tensor,
+    received_counts: Tensor,
+    received: list[Tensor],
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    weight_layout: str,
+    save: bool = True,
+    recompute: bool = False,
+    **options: Options,
+) -> tuple[Tensor, list[Tensor]]:
+    check_rank("ep_experts", "hidden_states", hidden_states, 2)
+    context = torch.library.get_ctx()
+    saved = []
+    for rows in received if save else ():
+        pairs, num_rows = context.new_dynamic_size(), rows.shape[0]
+        width = gate_up_proj.shape[1 if weight_layout == "out_in" else 2]
+        saved += [
+            hidden_states.new_empty((num_rows, hidden_states.shape[1])),
+            topk_weights.new_empty((num_rows, topk_weights.shape[1])),
+            rank_offsets.new_empty((gate_up_proj.shape[0] + 1,)),
+            rank_offsets.new_empty((pairs,)),
+            rank_offsets.new_empty((num_rows, topk_weights.shape[1])),
+            hidden_states.new_empty((0 if recompute else pairs, width)),
+        ]
+    return hidden_states.new_empty(hidden_states.shape), saved
+
+
+def _experts_backward(
+    grad_output: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    rank_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    physical_ids: Tensor,
+    received_counts: Tensor,
+    saved: list[Tensor],
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    *,
+    group_name: str,
+    num_local_experts: int,
+    needs_projections: bool,
+    needs_biases: bool,
+    **options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Send gradients of the outputs along the plan, and what they make of tokens and weights back."""
+    known = exchange.Counts(rank_offsets, received_counts)
+    options["row_invariant"] = known.most_rows_of_an_expert() > _FEW_ROWS
+    chunks = [saved[first : first + _SAVED] for first in range(0, len(saved), _SAVED)]
+    used, hidden_size = row_to_slot[: known.rows_sent], grad_output.shape[1]
+    rows = torch.ops.moe.permute(grad_output, rank_offsets, used, slot_to_row)
+    arriving = [
+        exchange.start(rows[known.bounds(c)], known.send(c), known.receive(c), group_name) for c in range(len(chunks))
+    ]
+    at_once = len(chunks) == 1
+    returned, grads = [], []
+    for chunk, (tokens, weights, *plan, pre_activation) in enumerate(chunks):
+        grads.append(exchange.wait(arriving[chunk]))
+        results = torch.ops.moe.experts_backward(
+            grads[-1],
+            tokens,
+            pre_activation,
+            gate_up_proj,
+            down_proj,
+            weights,
+            *plan,
+            gate_up_bias,
+            down_bias,
+            needs_hidden_states=True,
+            needs_projections=needs_projections and at_once,
+            needs_topk_weights=True,
+            needs_biases=needs_biases and at_once,
+            **options,
+        )
+        packed = torch.ops.moe.ep_pack(results[0], results[3], None, None, 1, 1)
+        returned.append(exchange.start(packed, known.receive(chunk), known.send(chunk), group_name))
+    if not at_once and (needs_projections or needs_biases):
+        results = _parameter_gradients(
+            known,
+            chunks,
+            grads,
+            (gate_up_proj, down_proj),
+            (gate_up_bias, down_bias),
+            needs_projections=needs_projections,
+            needs_biases=needs_biases,
+            **options,
+        )
+    packed = _joined([exchange.wait(rows) for rows in returned])
+    grad_hidden, grad_weights = torch.ops.moe.ep_reduce(
+        packed, grad_output, slot_to_row, physical_ids, hidden_size, num_local_experts
+    )
+    return grad_hidden, results[1], results[2], grad_weights, results[4], results[5]
+
+
+def _parameter_gradients(
+    known: exchange.Counts,
+    chunks: list[list[Tensor]],
+    grads: list[Tensor],
+    projections: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    **options: Options,
+) -> tuple[Tensor, ...]:
+    """Return what one chunk with all rows would give: rows of all chunks in the order (rank, token)."""
+    splits = [known.receive(chunk) for chunk in range(len(chunks))]
+
+    def in_order(tensors: list[Tensor]) -> Tensor:
+        blocks = [torch.split(tensor, sizes) for tensor, sizes in zip(tensors, splits, strict=True)]
+        return torch.cat([block for of_rank in zip(*blocks, strict=True) for block in of_rank])
+
+    ids, rows, first = [], [], 0
+    for _, _, offsets, row_to_slot, slot_to_row, _ in chunks:
+        expert = torch.bucketize(slot_to_row, offsets[1:], right=True, out_int32=True)
+        ids.append(expert.where(slot_to_row >= 0, -1))
+        rows.append(slot_to_row.where(slot_to_row < 0, slot_to_row + first))
+        first += row_to_slot.shape[0]
+    offsets, row_to_slot, slot_to_row = torch.ops.moe.plan(in_order(ids), projections[0].shape[0])
+    row_to_slot = row_to_slot[:first]
+    pre_activation = torch.cat([chunk[-1] for chunk in chunks])
+    if pre_activation.shape[0] > 0:
+        pre_activation = pre_activation[in_order(rows).flatten()[row_to_slot]]
+    results: tuple[Tensor, ...] = torch.ops.moe.experts_backward(
+        in_order(grads),
+        in_order([chunk[0] for chunk in chunks]),
+        pre_activation,
+        *projections,
+        in_order([chunk[1] for chunk in chunks]),
+        offsets,
+        row_to_slot,
+        slot_to_row,
+        *biases,
+        needs_hidden_states=False,
+        needs_topk_weights=False,
+        **options,
+    )
+    return results
+
+
+@register_fake("ep_experts_backward")
+def _(
+    grad_output: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    rank_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    physical_ids: Tensor,
+    received_counts: Tensor,
+    saved: list[Tensor],
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    *,
+    needs_projections: bool,
+    needs_biases: bool,
+    **options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def gradient(of: Tensor | None, needed: bool) -> Tensor:
+        return grad_output.new_empty((0,)) if of is None or not needed else of.new_empty(of.shape)
+
+    weight = torch.promote_types(grad_output.dtype, torch.float32)
+    return (
+        grad_output.new_empty(grad_output.shape),
+        gradient(gate_up_proj, needs_projections),
+        gradient(down_proj, needs_projections),
+        grad_output.new_empty(physical_ids.shape, dtype=weight),
+        gradient(gate_up_bias, needs_biases),
+        gradient(down_bias, needs_biases),
+    )
+
+
+def _setup_context(
+    ctx: Context, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, list[Tensor]]
+) -> None:
+    _, gate_up, down, _, *maps, received, gate_up_bias, down_bias = (*inputs, None, None)[:12]
+    # The dispatcher leaves out trailing arguments that equal their defaults, biases of None.
+    ctx.num_inputs = 10 if down_bias is None and gate_up_bias is None else 11 if down_bias is None else 12
+    ctx.num_chunks = len(received)
+    ctx.save_for_backward(gate_up, down, gate_up_bias, down_bias, *maps, *output[1])
+    ctx.options = {
+        name: value for name, value in keyword_only_inputs.items() if name not in ("wire", "save", "recompute")
+    }
+
+
+def _backward(ctx: Context, grad_output: Tensor, _: list[Tensor | None]) -> tuple[Any, ...]:
+    gate_up, down, gate_up_bias, down_bias, *tensors = ctx.saved_tensors
+    maps, saved = tensors[:5], tensors[5:]
+    needs = (*ctx.needs_input_grad, False, False)[:12]
+    grads = torch.ops.moe.ep_experts_backward(
+        grad_output,
+        gate_up,
+        down,
+        *maps,
+        saved,
+        gate_up_bias,
+        down_bias,
+        needs_projections=needs[1] or needs[2],
+        needs_biases=needs[10] or needs[11],
+        **ctx.options,
+    )
+    hidden, gate_up, down, weights, bias1, bias2 = (
+        grad if need else None for grad, need in zip(grads, (*needs[:4], *needs[10:]), strict=True)
+    )
+    every = (hidden, gate_up, down, weights, *[None] * 5, [None] * ctx.num_chunks, bias1, bias2)
+    return every[: ctx.num_inputs]
+
+
+torch.library.impl("moe::ep_dispatch", "CompositeExplicitAutograd")(_dispatch)
+torch.library.impl("moe::ep_experts", "CompositeExplicitAutograd")(_experts)
+torch.library.impl("moe::ep_experts_backward", "CompositeExplicitAutograd")(_experts_backward)
+torch.library.register_autograd("moe::ep_experts", _backward, setup_context=_setup_context)
+refuse_double_backward("ep_experts_backward")

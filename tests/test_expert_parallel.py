@@ -1,0 +1,64 @@
+"""Expert parallelism: real processes over gloo, and one process for what needs no second."""
+
+import pytest
+import torch
+from helpers import randn
+from ranks import needs_distributed, run_ranks
+from torch.autograd import gradcheck
+
+import torch_moe
+from torch_moe.distributed import ExpertParallel, Placement
+
+pytestmark = needs_distributed
+
+
+@pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_ranks(world_size, tmp_path):
+    run_ranks("expert_parallel.py", world_size, tmp_path)
+
+
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def test_one_rank_is_the_plain_layer_bit_by_bit(group):
+    torch.manual_seed(0)
+    layer = torch_moe.MoE(37, 53, 5, 3, bias=True, num_shared_experts=1)
+    x = randn(19, 37).requires_grad_()
+    expected = [layer(x), *torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])]
+    parallel = ExpertParallel(layer, group, num_chunks=3)
+    actual = [parallel(x), *torch.autograd.grad(parallel(x).sum(), [x, *parallel.parameters()])]
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a.to_local() if hasattr(a, "to_local") else a, b)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_gradcheck(group, num_chunks):
+    """With a placement, also one rank sends to itself."""
+    torch.manual_seed(0)
+    layer = torch_moe.MoE(3, 4, 4, 2, bias=True, num_shared_experts=1, dtype=torch.float64)
+    identity = Placement.identity(4, 1)
+    parallel = ExpertParallel(layer, group, placement=identity, num_chunks=num_chunks)
+    names, parameters = zip(*parallel.named_parameters(), strict=True)
+
+    def forward(x, *values):
+        return torch.func.functional_call(parallel, dict(zip(names, values, strict=True)), x)
+
+    assert gradcheck(forward, (randn(5, 3, dtype=torch.float64).requires_grad_(), *parameters))
+
+
+def test_placement_of_shard_0():
+    assert [Placement.identity(10, 4).experts_of(rank) for rank in range(4)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    assert Placement.identity(5, 4).experts_of(3) == []
+
+
+def test_a_checkpointed_layer_gives_the_same_gradient(group):
+    layer = torch_moe.MoE(8, 8, 4, 2)
+    parallel = ExpertParallel(layer, group, placement=Placement.identity(4, 1), num_chunks=2)
+    x = randn(6, 8).requires_grad_()
+    expected = torch.autograd.grad(parallel(x).square().sum(), x)[0]
+    output = torch.utils.checkpoint.checkpoint(parallel, x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(output.square().sum(), x)[0], expected)
