@@ -1,6 +1,6 @@
 # `make bench`, `make test` and `make lint` are each all a newcomer needs: Python >= 3.10, a C++20 compiler and CMake.
 # The active virtual environment is used as it is; without one, .venv is made. Nothing outside of it is touched.
-.PHONY: help install bench test test-asan lint format clean
+.PHONY: help install bench test test-asan gpu-check lint format clean
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
@@ -21,6 +21,7 @@ help:
 	@echo 'make test       the quick test suite, then the C++ core under sanitizers'
 	@echo 'make lint       ruff, mypy --strict, clang-format'
 	@echo 'make test-asan  the C++ core under the address and undefined-behaviour sanitizers'
+	@echo 'make gpu-check  build, prove and measure the CUDA kernels on the GPU of this machine (nine minutes at most)'
 	@echo 'make format     rewrite the sources as make lint wants them'
 	@echo 'make install    the environment alone: torch, build tools, extras, this package'
 	@echo 'make clean      remove build outputs (and .venv)'
@@ -55,6 +56,10 @@ test-asan: $(STAMP)
 	$(CMAKE) -S . -B build/asan -G Ninja -DMOE_ASAN=ON
 	$(CMAKE) --build build/asan --parallel $(JOBS)
 	$(ENV)/bin/ctest --test-dir build/asan --output-on-failure
+
+# On the Python that is there, with its torch: where the GPUs are, nothing may be there to download from.
+gpu-check:
+	$(if $(VIRTUAL_ENV),$(RUN),$(PYTHON)) benchmarks/gpu_check.py $(GPU_ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

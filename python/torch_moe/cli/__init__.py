@@ -28,15 +28,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_bench_parser(subparsers)
     add_plan_parser(subparsers)
     subparsers.add_parser("explain", help="tell which kernels, ISA and threads this machine takes")
-    options = parser.parse_args(argv)
+    subparsers.add_parser(
+        "gpu-check", help="build, prove and measure the CUDA kernels on this machine's GPU", add_help=False
+    )
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command != "gpu-check":  # that one has options of its own
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "explain":
         import torch_moe
 
         print(torch_moe.explain())
         return 0
-    from torch_moe.cli import bench, plan
+    from torch_moe.cli import bench, gpu_check, plan
 
     try:
+        if options.command == "gpu-check":
+            return gpu_check.run(rest)
         return plan.run(options) if options.command == "plan" else bench.run(options)
     except UsageError as error:
         parser.error(str(error))

@@ -1,0 +1,168 @@
+"""gpu-check without a GPU: what it skips and says, how it stops what takes too long, and its benchmarks on the CPU."""
+
+import json
+import sys
+import time
+
+import bench_gpu
+import gpu_check
+import gpu_parts
+import gpu_small
+import gpu_summary
+import gpu_time
+import pytest
+import torch
+from gpu_parts import Outcome
+
+from torch_moe.cli import main
+
+LAYER = "layer (32768, 4096, 1024, 128, 8) uniform forward"
+
+
+def test_without_a_gpu_every_part_that_needs_one_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check, "gpu_name", lambda: "")
+    assert gpu_check.main(["--only", "bench,tests,kernels,sanitizer"]) == 0
+    printed = capsys.readouterr().out
+    assert "GPU: none: what needs one is skipped" in printed
+    assert printed.count("skipped: there is no GPU") >= 4
+    places = [printed.index(f"== {part}") for part in ("kernels", "tests", "sanitizer", "bench")]
+    assert places == sorted(places)
+    assert "written to" not in printed
+
+
+def test_the_command_line_hands_its_options_over(capfd, tmp_path, monkeypatch):
+    assert main(["gpu-check", "--only", "sanitizer", "--quick"]) == 0
+    assert "== sanitizer" in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["explain", "--quick"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["gpu-check"])
+    assert "runs in a checkout of torch-moe" in capfd.readouterr().err
+
+
+def test_unknown_parts_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--only", "build,paint"])
+    assert "must be among build,kernels,tests,sanitizer,bench, got 'paint'" in capsys.readouterr().err
+
+
+def test_what_cannot_be_built_is_not_tested(monkeypatch):
+    monkeypatch.setattr(gpu_parts, "BUILD_MODULES", ("pip", "no_such_module"))
+    outcomes = gpu_check.check(("build", "tests", "bench"), quick=True, gpu="a GPU")
+    assert outcomes["build"].status == "skipped"
+    assert "needs no_such_module" in outcomes["build"].reason
+    assert {outcomes[part].reason for part in ("tests", "bench")} == {"the package was not built"}
+
+
+def test_a_command_is_stopped_at_its_limit_with_its_children():
+    start = time.monotonic()
+    code = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '60'])"
+    status, output = gpu_parts.run([sys.executable, "-c", code], 1.5)
+    assert time.monotonic() - start < 30
+    assert (status, output) == (None, "begun\n")
+    stopped = gpu_parts.outcome(status, output, 1.5)
+    assert (stopped.status, stopped.reason) == ("timed out", "stopped after 2 s")
+
+
+def test_the_last_line_of_a_failure_is_its_reason():
+    status, output = gpu_parts.run([sys.executable, "-c", "print('first'); raise SystemExit('boom')"], 30)
+    assert gpu_parts.outcome(status, output, 30).reason == "boom"
+    assert gpu_parts.outcome(3, "", 30).reason == "exit status 3"
+
+
+def test_parts_leave_time_for_those_after_them(monkeypatch):
+    limits = {}
+    for part in gpu_parts.PARTS:
+        monkeypatch.setitem(
+            gpu_parts.PARTS, part, lambda told, part=part: limits.update({part: told.limit(part)}) or Outcome("passed")
+        )
+    gpu_check.check(tuple(gpu_parts.PARTS), quick=False, budget=300.0, gpu="a GPU")
+    assert limits["build"] == pytest.approx(300 - 40 - 80 - 20 - 120, abs=1)
+    assert limits["bench"] == pytest.approx(300, abs=1)
+    gpu_check.check(("bench",), quick=False, budget=100.0, gpu="a GPU")
+    assert limits["bench"] == pytest.approx(100, abs=1)
+
+
+def bench(path, *arguments):
+    command = ["bench_gpu.py", "--device", "cpu", "--tiny", "--rounds", "2", "--output", str(path), *arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as end:
+            bench_gpu.main()
+    return end.value.code, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_benchmarks_run_on_the_cpu(tmp_path):
+    code, lines = bench(tmp_path / "lines.jsonl")
+    assert code == 0
+    assert {line["status"] for line in lines} <= {"ok", "skipped"}
+    cases = {line["case"] for line in lines}
+    operators = {"route", "plan", "permute", "combine", "activation", "grouped_gemm"}
+    assert cases >= {*operators, "grouped_gemm dgrad", "grouped_gemm wgrad", "decode 1 tokens", "decode 32 tokens"}
+    assert sum(case.startswith("layer") for case in cases) >= 4
+    ours = [line for line in lines if line["candidate"] == "torch_moe"]
+    assert len(ours) == len(cases)
+    assert all(line["median_ms"] > 0 and line["relative_error"] < bench_gpu.TOLERATED for line in ours)
+    assert all("reason" in line for line in lines if line["status"] == "skipped")
+
+
+def test_a_wrong_result_fails_the_benchmark(tmp_path, monkeypatch):
+    right = torch.ops.moe.activation
+    monkeypatch.setattr("gpu_cases.ops.activation", lambda x: 1.1 * right(x))
+    code, lines = bench(tmp_path / "lines.jsonl")
+    assert code == 1
+    assert [line["case"] for line in lines if line["status"] == "wrong"] == ["activation"]
+
+
+def test_an_operator_that_refuses_is_a_record_and_the_rest_goes_on(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("plan: no kernel")
+
+    monkeypatch.setattr("gpu_cases.ops.plan", refuse)
+    code, lines = bench(tmp_path / "lines.jsonl", "--quick")
+    assert code == 1
+    assert any(line["status"] == "failed" and line["reason"] == "plan: no kernel" for line in lines)
+    assert any(line["case"] == "grouped_gemm wgrad" and line["status"] == "ok" for line in lines)
+
+
+def test_small_shapes_run_on_the_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_small.py", "--device", "cpu"])
+    gpu_small.main()
+    assert capsys.readouterr().out == "all finite\n"
+
+
+def test_relative_error_is_that_of_the_norms():
+    expected = torch.tensor([3.0, 4.0])
+    assert gpu_time.relative_error(torch.tensor([3.0, 4.5]), expected) == pytest.approx(0.1)
+    assert gpu_time.relative_error(torch.tensor([3.0, float("nan")]), expected) == float("inf")
+
+
+def records(candidate, case=LAYER, **figures):
+    return {"case": case, "candidate": candidate, "copy_gbytes_per_s": 4300, "dense_tflops": 790, **figures}
+
+
+def test_the_summary_judges_targets_and_names_what_is_faster():
+    lines = [
+        records("torch_moe", median_ms=12.0, tflops=550.0),
+        records("cublas_equal_flops", median_ms=9.6),
+        records("grouped_mm", median_ms=10.0, time_of_torch_moe_over_this=1.2),
+        records("torch_moe", LAYER + "+backward", median_ms=42.0, tflops=471.0),
+        records("torch_moe", "decode 1 tokens", median_ms=0.2),
+    ]
+    page = gpu_summary.summary({"build": Outcome("passed"), "bench": Outcome("passed", "", lines)}, "NVIDIA H200")
+    assert f"{LAYER}: tflops at least 500: 550 (reached)" in page
+    assert f"{LAYER}: share_of_cublas at least 0.85: 0.8 (MISSED)" in page
+    assert f"{LAYER}+backward: backward_tflops at least 450: {471 * 42 * 2 / 3 / 30:.4g} (MISSED)" in page
+    assert "decode 1 tokens: median_ms at most 0.185: 0.2 (MISSED)" in page
+    assert "decode 8 tokens: median_ms at most 0.204: not measured" in page
+    assert f"instead: {LAYER} (grouped_mm: 1.20)" in page
+
+
+def test_results_are_written_under_the_name_of_the_gpu(tmp_path):
+    outcomes = {"build": Outcome("passed", "", [{"seconds": 1.5}]), "bench": Outcome("failed", "no")}
+    path = gpu_check.write(outcomes, "NVIDIA H200", tmp_path)
+    assert path.name.startswith("gpu-nvidia-h200-20")
+    (line,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (line["part"], line["seconds"], line["gpu"]) == ("build", 1.5, "NVIDIA H200")
+    assert "bench      failed: no" in path.with_suffix(".txt").read_text()
