@@ -57,3 +57,53 @@ def test_moe_isa_forces_the_isa(forced):
 def test_unknown_isa_is_refused():
     with pytest.raises(ValueError, match=r"set_isa: name must be one of .*got 'mmx'"):
         _C.set_isa("mmx")
+
+
+def test_a_build_without_cuda_names_the_fix(monkeypatch):
+    info = _C.build_info() | {"cuda": False}
+    monkeypatch.setattr(_C, "build_info", lambda: info)
+    assert "CUDA: this build has no CUDA kernels; for them, build again with nvcc" in torch_moe.explain()
+
+
+def fake_gpus(monkeypatch, *capabilities):
+    info = _C.build_info() | {"cuda": "13.0.88", "cuda_architectures": "80 90a-real"}
+    monkeypatch.setattr(_C, "build_info", lambda: info)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+
+
+def test_a_torch_without_cuda_and_a_machine_without_a_gpu_are_told_apart(monkeypatch):
+    fake_gpus(monkeypatch)
+    assert "CUDA: kernels built by nvcc 13.0.88 for the architectures 80 90a-real" in torch_moe.explain()
+    assert "GPUs: torch sees none" in torch_moe.explain()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert f"GPUs: torch {torch.__version__} was built without CUDA" in torch_moe.explain()
+
+
+def test_names_each_gpu_with_its_kernels(monkeypatch):
+    fake_gpus(monkeypatch, (7, 5), (9, 0))
+    kernels = {(90, "bfloat16", 1024): "wide", (90, "float32", 1024): "exact", (90, "float32", 1023): "exact"}
+    monkeypatch.setattr(_C, "cuda_kernel", lambda arch, dtype, n, k, tf32: kernels.get((arch, dtype, n), ""))
+    lines = torch_moe.explain([1]).splitlines()
+    old = lines.index("cuda:0: GPU 0, compute capability 7.5: too old, the kernels need 8.0 or newer; use the CPU")
+    assert lines[old + 1] == "cuda:1: GPU 1, compute capability 9.0"
+    assert lines[old + 2] == "  grouped_gemm, bfloat16: wide, other widths: none"
+    assert lines[old + 4] == "  grouped_gemm, float32: exact"
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert "  grouped_gemm, float32, tf32 allowed: exact" in torch_moe.explain()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(not _C.build_info()["cuda"], reason="this build has no CUDA kernels")
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+@pytest.mark.parametrize("n", [1024, 1023])
+def test_some_kernel_takes_every_gpu_since_ampere(architecture, n):
+    for dtype in ("float32", "float64"):
+        assert _C.cuda_kernel(architecture, dtype, n, n)
+    assert not _C.cuda_kernel(75, "float32", n, n)

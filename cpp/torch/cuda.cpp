@@ -54,12 +54,20 @@ class Cuda {
  public:
   explicit Cuda(const Tensor& first) : first_(first) {}
 
+  Status run(const RouteArgs& args) { return args.options.check_finite ? run_checked(args) : queue(route_cuda, args); }
+  Status run(const RouteBackwardArgs& args) { return queue(route_backward_cuda, args); }
+  Status run(const PlanArgs& args) { return queue(plan_cuda, args); }
   Status run(const PermuteArgs& args) { return queue(permute_cuda, args); }
+  Status run(const GroupedGemmArgs& args) { return queue(grouped_gemm_cuda, args, args.dtype); }
+  Status run(const GroupedGemmWgradArgs& args) { return queue(grouped_gemm_wgrad_cuda, args, args.dtype); }
+  Status run(const GroupedGemmBgradArgs& args) { return queue(grouped_gemm_bgrad_cuda, args); }
   Status run(const ActivationArgs& args) { return queue(activation_cuda, args); }
   Status run(const ActivationBackwardArgs& args) { return queue(activation_backward_cuda, args); }
   Status run(const CombineArgs& args) { return queue(combine_cuda, args); }
   Status run(const CombineBackwardArgs& args) { return queue(combine_backward_cuda, args); }
-
+  Status run(const ExpertsArgs& args) { return queue(experts_cuda, args, args.layer.dtype); }
+  Status run(const ExpertsBackwardArgs& args) { return queue(experts_backward_cuda, args, args.layer.dtype); }
+  // Of expert parallelism's operators there are CPU kernels alone.
   template <typename Args>
   Status run(const Args&) {
     failure_ = "has no CUDA kernel in this version (move the tensors to the CPU)";
@@ -72,11 +80,10 @@ class Cuda {
   // `product` is the dtype of the matrix products in the call, if it has any.
   template <typename Args>
   Status queue(Status (*kernels)(const Args&, const CudaContext&), const Args& args, DType product = DType::kFloat64) {
-    void* stream = nullptr;
-    if (!prepare(&stream)) return Status::kCudaError;
+    if (!prepare()) return Status::kCudaError;
     const bool allow_tf32 = product == DType::kFloat32 && torch_allows_tf32();
     return kernels(args,
-                   {.stream = stream,
+                   {.stream = stream_,
                     .allocate = [](int64_t bytes, void* self) { return static_cast<Cuda*>(self)->allocate(bytes); },
                     .report = [](const char* kernel, const char* error,
                                  void* self) { static_cast<Cuda*>(self)->report(kernel, error); },
@@ -84,8 +91,24 @@ class Cuda {
                     .allow_tf32 = allow_tf32});
   }
 
-  // Makes the tensors' device current and finds its current stream.
-  bool prepare(void** stream) {
+  // An error that is found on the device is raised by the host: the one case in which a call waits for its stream.
+  Status run_checked(RouteArgs args) {
+    args.non_finite = static_cast<int32_t*>(allocate(sizeof(int32_t)));
+    if (!args.non_finite) return Status::kOutOfMemory;
+    if (const Status status = queue(route_cuda, args); status != Status::kOk) return status;
+    int32_t found = 0;
+    const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+    cudaError_t error = cudaMemcpyAsync(&found, args.non_finite, sizeof(found), cudaMemcpyDeviceToHost, stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+    if (error != cudaSuccess) {
+      report("route", cudaGetErrorString(error));
+      return Status::kCudaError;
+    }
+    return found ? Status::kNonFiniteLogits : Status::kOk;
+  }
+
+  // Makes the tensors' device current and finds its stream.
+  bool prepare() {
     static const CurrentStream current_stream = find_current_stream();
     if (!current_stream) {
       failure_ = "found no aoti_torch_get_current_cuda_stream in this torch (install torch >= 2.10 built with CUDA)";
@@ -103,7 +126,7 @@ class Cuda {
                  std::to_string(major) + "." + std::to_string(minor) + " (move the tensors to the CPU)";
       return false;
     }
-    TORCH_ERROR_CODE_CHECK(current_stream(device, stream));
+    TORCH_ERROR_CODE_CHECK(current_stream(device, &stream_));
     return true;
   }
 
@@ -134,6 +157,7 @@ class Cuda {
 
   const Tensor& first_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  void* stream_ = nullptr;  // a cudaStream_t
   std::vector<Tensor> scratch_;
   std::string failure_;
 };

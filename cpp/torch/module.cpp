@@ -99,6 +99,19 @@ PYBIND11_MODULE(_C, m) {
       py::arg("rows"), py::arg("weight_layout"), py::arg("dtype") = "float32",
       "The GEMM kernel that an expert with this many rows takes, when the contracted width is a multiple of 32.");
   m.def(
+      "cuda_kernel",
+      [](int architecture, const std::string& dtype, int64_t n, int64_t k, bool allow_tf32) {
+#ifdef MOE_CUDA_VERSION
+        return moe::gemm_kernel_name_cuda(architecture, parse_dtype(dtype), n, k, allow_tf32);
+#else
+        parse_dtype(dtype);
+        static_cast<void>(architecture + n + k + allow_tf32);
+        return std::string_view();
+#endif
+      },
+      py::arg("architecture"), py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("allow_tf32") = false,
+      "The GEMM kernel of a GPU (90 is compute capability 9.0) for these widths; empty when there is none.");
+  m.def(
       "fma_rate",
       [](bool fp64, double seconds) {
         return moe::fma_rate_cpu(fp64 ? moe::DType::kFloat64 : moe::DType::kFloat32, seconds, moe::kTorchPool) / 1e9;

@@ -33,8 +33,9 @@ def explain(
     Returns
     -------
     str
-        Build, instruction sets (in use, and available, best first), threads, and one line per entry of
-        ``rows_per_expert`` with the kernel that such an expert takes.
+        Build, instruction sets (in use, and available, best first), threads; whether there are CUDA kernels, the GPUs,
+        which GEMM kernel each of them takes, and what to do where something is missing; and one line per entry of
+        ``rows_per_expert`` with the kernel that such an expert takes on the CPU.
     """
     build = ", ".join(f"{name} {value}" for name, value in _C.build_info().items())
     lines = [
@@ -46,6 +47,7 @@ def explain(
     forced = os.environ.get("MOE_ISA", _C.isa())
     if forced not in _C.available_isas():
         lines.append(f"MOE_ISA={forced} was ignored: this build or this processor has no such instruction set")
+    lines += _cuda_lines()
     name = str(dtype).removeprefix("torch.")
     lines += [
         f"grouped_gemm, {m} rows, {weight_layout}, {name}: {_C.kernel(m, weight_layout, name)}" for m in rows_per_expert
@@ -55,3 +57,38 @@ def explain(
 
         lines.append(engine.explain(model))
     return "\n".join(lines)
+
+
+OLDEST_GPU = 80  # compute capability 8.0: Ampere
+
+
+def _cuda_lines() -> list[str]:
+    """Tell whether GPUs can be used and with which kernels, or what is missing and how to get it."""
+    info = _C.build_info()
+    if not info["cuda"]:
+        return ["CUDA: this build has no CUDA kernels; for them, build again with nvcc >= 12.4 on the PATH: "
+                "pip install --no-build-isolation ."]  # fmt: skip
+    lines = [f"CUDA: kernels built by nvcc {info['cuda']} for the architectures {info['cuda_architectures']}"]
+    if torch.version.cuda is None:
+        return [*lines, f"GPUs: torch {torch.__version__} was built without CUDA; install one that has it"]
+    if not torch.cuda.is_available():
+        return [*lines, "GPUs: torch sees none; nvidia-smi tells whether the driver does"]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        device = f"cuda:{index}: {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+        supported = 10 * major + minor >= OLDEST_GPU
+        lines.append(device if supported else f"{device}: too old, the kernels need 8.0 or newer; use the CPU")
+        lines += _cuda_kernel_lines(10 * major + minor) if supported else []
+    return lines
+
+
+def _cuda_kernel_lines(architecture: int) -> list[str]:
+    """Tell which GEMM kernel takes each dtype, by whether the widths let rows start on 16 bytes."""
+    allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    lines = []
+    for dtype in ("bfloat16", "float16", "float32", "float64"):
+        whole, odd = (_C.cuda_kernel(architecture, dtype, n, n, allow_tf32) for n in (1024, 1023))
+        other = "" if whole == odd else f", other widths: {odd or 'none'}"
+        tf32 = ", tf32 allowed" if allow_tf32 and dtype == "float32" else ""
+        lines.append(f"  grouped_gemm, {dtype}{tf32}: {whole or 'none'}{other}")
+    return lines

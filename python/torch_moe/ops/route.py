@@ -72,7 +72,8 @@ def route(
         group can be chosen; some checkpoints were trained so.
     check_finite : bool, default=False
         Raise if a logit is NaN or infinite. Unchecked, NaN is never preferred: the ids stay ``top_k`` distinct
-        experts, and NaN shows in the weights.
+        experts, and NaN shows in the weights. On a GPU the check waits for the device, and a call with it cannot be
+        captured in a CUDA graph.
 
     Returns
     -------
