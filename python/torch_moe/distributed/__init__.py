@@ -17,6 +17,7 @@ from torch_moe.distributed import experts  # its operators get their implementat
 from torch_moe.distributed.balance import count_moves, placement_of, rank_loads, solve_placement
 from torch_moe.distributed.exchange import check_splits
 from torch_moe.distributed.faults import RankLost, agree_on_survivors, guard, regroup, without_ranks
+from torch_moe.distributed.fsdp import prepare_fsdp
 from torch_moe.distributed.gradients import average_gradients, clip_grad_norm_
 from torch_moe.distributed.layer import ExpertParallel, ShardedExperts
 from torch_moe.distributed.placement import Placement
@@ -34,6 +35,7 @@ __all__ = [
     "experts",
     "guard",
     "placement_of",
+    "prepare_fsdp",
     "rank_loads",
     "regroup",
     "solve_placement",

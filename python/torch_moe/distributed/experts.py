@@ -224,7 +224,8 @@ def _experts_backward(
     arriving = [
         exchange.start(rows[known.bounds(c)], known.send(c), known.receive(c), group_name) for c in range(len(chunks))
     ]
-    at_once = len(chunks) == 1
+    # With several chunks the rows are put together once, for which a rank without experts has no use.
+    at_once = len(chunks) == 1 or gate_up_proj.shape[0] == 0
     returned, grads = [], []
     for chunk, (tokens, weights, *plan, pre_activation) in enumerate(chunks):
         grads.append(exchange.wait(arriving[chunk]))

@@ -1,0 +1,147 @@
+"""Run by tests/test_ep_composition.py, one process per rank: ExpertParallel with what else torch has to offer."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed import checkpoint, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint as recompute
+
+from torch_moe import BiasBalancer, MoE
+from torch_moe.distributed import ExpertParallel, average_gradients, clip_grad_norm_, prepare_fsdp
+from torch_moe.testing import assert_close
+
+H, I, E, K, T = 16, 24, 6, 2, 12  # noqa: E741
+
+
+class Block(torch.nn.Module):
+    """What FSDP wraps in a model: a layer and its residual connection."""
+
+    def __init__(self, moe):
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x):
+        return x + self.moe(x)
+
+
+def make_layer(**options):
+    torch.manual_seed(0)
+    return MoE(H, I, E, K, num_shared_experts=1, **options)
+
+
+def tokens(rank):
+    return torch.randn(T, H, generator=torch.Generator().manual_seed(100 + rank))
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def trained(world_size, max_norm):
+    """What one process gets from the mean of all ranks' losses: the layer, after clipping, and the norm."""
+    layer = Block(make_layer())
+    sum(layer(tokens(rank)).square().mean() for rank in range(world_size)).div(world_size).backward()
+    return layer, torch.nn.utils.clip_grad_norm_(layer.parameters(), max_norm)
+
+
+def check_gradients(layer, expected):
+    for (name, parameter), (_, other) in zip(layer.named_parameters(), expected.named_parameters(), strict=True):
+        assert parameter.grad is not None, name
+        assert_close(whole(parameter.grad), other.grad, T * K, H, I)
+
+
+def without_fsdp(rank, world_size):
+    layer = Block(ExpertParallel(make_layer(), distributed.group.WORLD, num_chunks=2))
+    layer(tokens(rank)).square().mean().backward()
+    average_gradients(layer)
+    expected, norm = trained(world_size, 1e-3)
+    assert_close(clip_grad_norm_(layer.parameters(), 1e-3), norm, T * K, H, I)
+    check_gradients(layer, expected)
+
+
+def with_fsdp(rank, world_size):
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("fsdp", "ep"))
+    layer = Block(ExpertParallel(make_layer(), mesh))
+    prepare_fsdp(layer, mesh)
+    fully_shard(layer, mesh=mesh["fsdp", "ep"]._flatten("all"))
+    layer(tokens(rank)).square().mean().backward()
+    expected, norm = trained(world_size, 1e-3)
+    assert_close(clip_grad_norm_(layer.parameters(), 1e-3), norm, T * K, H, I)
+    check_gradients(layer, expected)
+
+
+def recomputed(rank):
+    layer = ExpertParallel(make_layer(), distributed.group.WORLD)
+    x, again = tokens(rank).requires_grad_(), tokens(rank).requires_grad_()
+    layer(x).sum().backward()
+    grads = [whole(parameter.grad).clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    recompute(layer, again, use_reentrant=False).sum().backward()
+    assert torch.equal(x.grad, again.grad)
+    for parameter, grad in zip(layer.parameters(), grads, strict=True):
+        assert torch.equal(whole(parameter.grad), grad)
+
+
+def balanced(rank, world_size):
+    layer = ExpertParallel(make_layer(expert_bias=True), distributed.group.WORLD)
+    balancer = BiasBalancer.attach(layer, rate=0.1)
+    own = layer(tokens(rank), return_routing=True)[1].tokens_per_expert.long()
+    distributed.all_reduce(own)
+    assert own.sum() == world_size * T * K
+    balancer.step()
+    wanted = 0.1 * (own.float().mean() - own).sign()
+    torch.testing.assert_close(layer.router.expert_bias, wanted - wanted.mean())
+
+
+def compiled(rank):
+    layer = ExpertParallel(make_layer(), distributed.group.WORLD)
+    x, again = tokens(rank).requires_grad_(), tokens(rank).requires_grad_()
+    expected = layer(x)
+    expected.sum().backward()
+    grads = [whole(parameter.grad).clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    output = torch.compile(layer, fullgraph=True, backend="aot_eager")(again)
+    output.sum().backward()
+    assert torch.equal(output, expected)
+    assert torch.equal(x.grad, again.grad)
+    for parameter, grad in zip(layer.parameters(), grads, strict=True):
+        assert torch.equal(whole(parameter.grad), grad)
+
+
+def save(path):
+    layer = ExpertParallel(make_layer(), distributed.group.WORLD)
+    checkpoint.save(layer.state_dict(), checkpoint_id=path)
+
+
+def load(path):
+    layer = make_layer()
+    for parameter in layer.parameters():
+        parameter.data.fill_(torch.nan)
+    layer = ExpertParallel(layer, distributed.group.WORLD)
+    state = layer.state_dict()
+    checkpoint.load(state, checkpoint_id=path)
+    layer.load_state_dict(state)
+    for (name, tensor), (_, saved) in zip(layer.state_dict().items(), make_layer().state_dict().items(), strict=True):
+        assert torch.equal(whole(tensor), saved), name
+
+
+def main(rank, world_size, path, part):
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
+    folder = Path(path).parent / "checkpoint"
+    if part == "load":
+        load(folder)
+    else:
+        without_fsdp(rank, world_size)
+        with_fsdp(rank, world_size)
+        recomputed(rank)
+        balanced(rank, world_size)
+        compiled(rank)
+        save(folder)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
