@@ -1,0 +1,222 @@
+// The grouped GEMM of sm_90a: TMA, mbarriers and wgmma, one persistent block per SM.
+#include "grouped_gemm_sm90_backward.cuh"
+#include "grouped_gemm_sm90_epilogue.cuh"
+#include "grouped_gemm_sm90_maps.h"
+#include "grouped_gemm_sm90_walk.cuh"
+
+namespace moe::cuda {
+namespace sm90 {
+namespace {
+
+// The weight's part of a stage.
+template <typename Tile, typename T>
+__device__ __forceinline__ void load_weight(const Filler<Tile>& filler, const GemmMaps& maps, const GemmArgs<T>& args,
+                                            const TileAt& at, int k) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int column = static_cast<int>(half_column<Tile>(args, at.column_tile, half));
+    const uint32_t to = filler.columns() + half * (Tile::kColumnBytes / 2);
+    if (args.in_out) {
+#pragma unroll
+      for (int chunk = 0; chunk < Tile::kColumns / 128; ++chunk) {
+        ptx::tma_load_3d(to + chunk * kSlabBytes, &maps.weight, filler.barrier(), column + chunk * 64, k, at.expert);
+      }
+    } else {
+      ptx::tma_load_3d(to, &maps.weight, filler.barrier(), k, column, at.expert);
+    }
+  }
+}
+
+template <typename Tile, typename T>
+__device__ __forceinline__ void produce(Shared<Tile>& shared, const GemmMaps& maps, const GemmArgs<T>& args) {
+  Filler<Tile> filler(shared);
+  TileWalk walk(args.schedule, args.num_experts, args.column_tiles);
+  TileAt at;
+  if (args.gather.row_to_slot == nullptr) {
+    if (threadIdx.x >= 32) return;
+    while (walk.next(at)) {
+      if (threadIdx.x != 0) continue;
+      for (int k = 0; k < args.k; k += kDepth, filler.advance()) {
+        filler.acquire();
+        filler.expect(Tile::kStageBytes);
+        ptx::tma_load_3d(filler.rows(), &maps.rows, filler.barrier(), k, 0, at.first_row);
+        load_weight(filler, maps, args, at, k);
+      }
+    }
+    return;
+  }
+  RowCopier<T, kTileRows> copier(args.rows, args.k);
+  while (walk.next(at)) {
+    copier.set_rows(args.gather, at.first_row, at.rows);
+    for (int k = 0; k < args.k; k += kDepth) {
+      filler.acquire();
+      if (threadIdx.x == 0) {
+        filler.expect(Tile::kColumnBytes);
+        load_weight(filler, maps, args, at, k);
+      }
+      copier.copy(filler.rows(), k);
+      filler.commit_copies();
+    }
+  }
+  filler.finish_copies();
+}
+
+template <typename Tile, typename T, Epilogue kEpilogue>
+__device__ __forceinline__ void consume(Shared<Tile>& shared, const GemmMaps& maps, const GemmArgs<T>& args) {
+  const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;
+  const int steps = static_cast<int>((args.k + kDepth - 1) / kDepth);
+  const int64_t parts = args.concat ? 2 : 1;
+  const int64_t output_columns = kEpilogue == Epilogue::kActivation && args.gate.gated ? args.n / 2 : args.n;
+  const Destination<T> output{&maps.output, args.output, output_columns, output_columns};
+  const Destination<T> pre_activation{&maps.pre_activation, args.pre_activation, args.n, args.n / parts};
+  Slabs<Tile> slabs(shared, group);
+  Ring<Tile::kStages> ring;
+  TileWalk walk(args.schedule, args.num_experts, args.column_tiles);
+  TileAt at;
+  SavedRows<Tile, T> saved(shared, maps, args, group);
+  while (walk.next(at)) {
+    const int row = at.first_row + group * kGroupRows, rows = at.rows - group * kGroupRows;
+    if (rows <= 0) {
+      skip(shared, ring, steps);
+      continue;
+    }
+    if constexpr (kEpilogue == Epilogue::kActivationBackward) saved.load(row, at.column_tile);
+    float sums[Tile::kSums] = {};  // an accumulator that is not defined on entry makes ptxas serialise the wgmmas
+    if (args.in_out)
+      multiply<Tile, T, false, true>(sums, shared, ring, steps, group);
+    else
+      multiply<Tile, T, false, false>(sums, shared, ring, steps, group);
+    if constexpr (kEpilogue == Epilogue::kActivationBackward) {
+      saved.finish(sums, row, rows, at.column_tile);
+    } else {
+      add_bias<Tile>(sums, args, at.expert, at.column_tile);
+      if constexpr (kEpilogue == Epilogue::kStore) {
+        store_columns<Tile, T>(sums, slabs, output, false, at.column_tile, row, rows);
+      } else {
+        if (args.pre_activation != nullptr) {
+          store_columns<Tile, T>(sums, slabs, pre_activation, args.concat, at.column_tile, row, rows);
+        }
+        if (args.output != nullptr) {
+          with_sums(args.gate.kind, sums, [&]<int kUnroll>(auto act, auto& all, std::integral_constant<int, kUnroll>) {
+            activate_each<kUnroll, T>(act, all, args.gate);
+          });
+          store_activations<Tile, T>(sums, slabs, output, args.gate, at.column_tile, row, rows);
+        }
+      }
+    }
+  }
+  if (is_group_leader()) ptx::tma_store_wait<0>();
+}
+
+template <typename T, Epilogue kEpilogue>
+__device__ __forceinline__ void zero_rows_outside(const GemmArgs<T>& args) {
+  const int first = __ldg(args.schedule.offsets), last = __ldg(args.schedule.offsets + args.num_experts);
+  const bool halved = kEpilogue == Epilogue::kActivation && args.gate.gated;
+  const int64_t output_bytes = (halved ? args.n / 2 : args.n) * sizeof(T);
+  const int64_t pre_columns = kEpilogue == Epilogue::kActivationBackward && args.gate.gated ? 2 * args.n : args.n;
+  zero_rows(args.output, output_bytes, 0, first);
+  zero_rows(args.output, output_bytes, last, args.num_rows);
+  zero_rows(args.pre_activation, pre_columns * sizeof(T), 0, first);
+  zero_rows(args.pre_activation, pre_columns * sizeof(T), last, args.num_rows);
+}
+
+template <Epilogue kEpilogue>
+using TileOf = std::conditional_t<kEpilogue == Epilogue::kActivationBackward, NarrowTile, WideTile>;
+
+template <typename T, Epilogue kEpilogue>
+__global__ void __launch_bounds__(kThreads, 1)
+    gemm_sm90_kernel(const __grid_constant__ GemmMaps maps, const __grid_constant__ GemmArgs<T> args) {
+  using Tile = TileOf<kEpilogue>;
+  SMEM_DYN(Shared<Tile>, shared);
+  initialise(*shared, Filler<Tile>::arrivals(args.gather.row_to_slot != nullptr));
+  if (threadIdx.x < kGroupThreads) {
+    ptx::setmaxnreg_dec<kProducerRegisters>();
+    produce(*shared, maps, args);
+  } else {
+    ptx::setmaxnreg_inc<kMathRegisters>();
+    zero_rows_outside<T, kEpilogue>(args);
+    consume<Tile, T, kEpilogue>(*shared, maps, args);
+  }
+}
+
+template <typename T>
+Status encode_maps(const GemmTask& task, const GemmArgs<T>& args, int64_t columns, GemmMaps* maps,
+                   const CudaContext& cuda) {
+  const int64_t e = task.num_experts, n = task.n, k = task.k, rows = task.num_rows;
+  const bool halved = task.epilogue == Epilogue::kActivation && args.gate.gated;
+  const int64_t saved_parts = args.gate.gated && !args.gate.interleaved ? 2 : 1;
+  const int64_t saved_width = args.gate.gated && args.gate.interleaved ? 2 * n : n;
+  const MapShape weight =
+      args.in_out ? experts_shape(e, k, n, kDepth) : experts_shape(e, n, k, static_cast<int>(columns / 2));
+  Status status = encode_map(&maps->weight, static_cast<const T*>(task.weight), weight, cuda);
+  const auto encode = [&](CUtensorMap* map, const void* data, const MapShape& shape) {
+    if (status == Status::kOk && data != nullptr) status = encode_map(map, static_cast<const T*>(data), shape, cuda);
+  };
+  if (task.gather.row_to_slot == nullptr) encode(&maps->rows, task.rows, rows_shape(rows, k, kTileRows));
+  encode(&maps->output, task.output, parts_shape(rows, 1, halved ? n / 2 : n));
+  if (task.epilogue == Epilogue::kActivation) {
+    encode(&maps->pre_activation, task.pre_activation, parts_shape(rows, args.concat ? 2 : 1, args.concat ? n / 2 : n));
+  }
+  if (task.epilogue == Epilogue::kActivationBackward) {
+    encode(&maps->pre_activation, task.grad_pre_activation, parts_shape(rows, saved_parts, saved_width));
+    encode(&maps->saved, task.saved_pre_activation, parts_shape(rows, saved_parts, saved_width));
+  }
+  return status;
+}
+
+template <typename T, Epilogue kEpilogue>
+Status run(const GemmTask& task, const CudaContext& cuda) {
+  using Tile = TileOf<kEpilogue>;
+  constexpr const char* kName = "gemm_sm90";
+  constexpr bool kBackward = kEpilogue == Epilogue::kActivationBackward;
+  const Gate<T> gate(task.activation);
+  const GemmArgs<T> args{
+      .output = static_cast<T*>(task.output),
+      .pre_activation = static_cast<T*>(kBackward ? task.grad_pre_activation : task.pre_activation),
+      .partials = static_cast<float*>(task.partial_grad_weights),
+      .rows = static_cast<const T*>(task.rows),
+      .bias = static_cast<const T*>(task.bias),
+      .row_weights = static_cast<const float*>(task.row_weights),
+      .gather = task.gather,
+      .schedule = task.schedule,
+      .gate = gate,
+      .n = task.n,
+      .k = task.k,
+      .num_rows = static_cast<int>(task.num_rows),
+      .num_experts = static_cast<int>(task.num_experts),
+      .column_tiles = static_cast<int>(ceil_div(task.n, Tile::kColumns)),
+      .num_partials = static_cast<int>(gemm_partials(task.n)),
+      .in_out = task.weight_layout == WeightLayout::kInOut,
+      .concat = kEpilogue == Epilogue::kActivation && gate.gated && !gate.interleaved,
+  };
+  GemmMaps maps{};
+  if (const Status status = encode_maps(task, args, Tile::kColumns, &maps, cuda); status != Status::kOk) return status;
+  int sms = 0;
+  if (const Status status = device_attribute(sms, cudaDevAttrMultiProcessorCount, cuda); status != Status::kOk)
+    return status;
+  const auto kernel = gemm_sm90_kernel<T, kEpilogue>;
+  constexpr int64_t kBytes = sizeof(Shared<Tile>);
+  if (const Status status = allow_shared_memory(kernel, kBytes, kName, cuda); status != Status::kOk) return status;
+  LAUNCH(kernel, dim3(sms), dim3(kThreads), kBytes, stream(cuda), maps, args);
+  return launched(kName, cuda);
+}
+
+}  // namespace
+}  // namespace sm90
+
+Status gemm_sm90(const GemmTask& task, const CudaContext& cuda) {
+  if (task.num_rows == 0 || task.n == 0) return Status::kOk;
+  const auto with = [&]<typename T>(std::type_identity<T>) {
+    switch (task.epilogue) {
+      case Epilogue::kActivation:
+        return sm90::run<T, Epilogue::kActivation>(task, cuda);
+      case Epilogue::kActivationBackward:
+        return sm90::run<T, Epilogue::kActivationBackward>(task, cuda);
+      default:
+        return sm90::run<T, Epilogue::kStore>(task, cuda);
+    }
+  };
+  return task.dtype == DType::kFloat16 ? with(std::type_identity<__half>{}) : with(std::type_identity<__nv_bfloat16>{});
+}
+
+}  // namespace moe::cuda

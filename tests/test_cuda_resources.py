@@ -1,0 +1,45 @@
+"""What the compiler gives the wgmma kernels: registers, stack, spills and serialised instructions."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NVCC = shutil.which("nvcc")
+
+# Bytes of stack that a kernel may have, by the epilogue in its mangled name: the activations other than SiLU loop over
+# a copy of the accumulators (128 or 64 floats) in local memory. All kernels start with 65536 / 384 registers, and take
+# what they need of each other by setmaxnreg.
+MOST_REGISTERS = 168
+STACK = {"EpilogueE0": 0, "EpilogueE1": 512, "EpilogueE2": 272, "wgrad": 0}
+
+REPORT = re.compile(
+    r"Function properties for (?P<name>\S+)\n\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads\n.*?Used (?P<registers>\d+) registers"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc (it needs no GPU)")
+@pytest.mark.parametrize("source", sorted(ROOT.glob("cuda/*_sm90*.cu")), ids=lambda path: path.stem)
+def test_no_spill_and_nothing_serialised(source, tmp_path):
+    """Compile for sm_90a and read the assembler's report."""
+    includes = ["-I", ROOT / "cpp/include", "-I", ROOT / "cuda"]
+    target = ["-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-c", "-o", tmp_path / "out.o"]
+    command = [NVCC, "-std=c++20", "-O3", *includes, *target, source]
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report
+    assert "(C75" not in report, f"ptxas serialised a wgmma or ignored a setmaxnreg:\n{report}"
+    kernels = list(REPORT.finditer(report))
+    assert kernels, report
+    for kernel in kernels:
+        name = kernel["name"]
+        allowed = [stack for part, stack in STACK.items() if part in name]
+        assert len(allowed) == 1, f"{name} is not in the table of this test"
+        assert int(kernel["registers"]) <= MOST_REGISTERS, name
+        assert int(kernel["stack"]) <= allowed[0], f"{name}: {kernel['stack']} bytes of stack"
+        assert int(kernel["stores"]) == int(kernel["loads"]) == 0, f"{name} spills"
