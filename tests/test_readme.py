@@ -1,9 +1,11 @@
 """The README tells the truth: its example runs, and the places it names exist."""
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,3 +95,18 @@ def test_options_named_in_the_readme_exist():
     shapes = re.search(r"--shape (\S+) .*# also (.*)$", README, re.MULTILINE)
     named = {shapes.group(1), *(word.strip() for word in shapes.group(2).split(","))}
     assert named <= set(SHAPES)
+
+
+def test_expert_parallel_example_runs(monkeypatch, capsys):
+    """As torchrun would start it, with one process."""
+    code = re.search(r"```python\n(.*?)```", between("expert-parallel"), re.DOTALL).group(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    finally:
+        torch.distributed.destroy_process_group()
+    assert capsys.readouterr().out == "torch.Size([16, 256, 64])\n"

@@ -16,6 +16,7 @@ void read_rows(const EpIndexArgs& args, int32_t* ids, const ThreadPool& pool) {
   const int64_t bytes = row.bytes(), top_k = row.top_k;
   auto* hidden = static_cast<T*>(args.hidden_states);
   auto* weights = static_cast<Wide<T>*>(args.topk_weights);
+  advise_huge_pages(hidden, static_cast<size_t>(args.num_rows * row.hidden_size) * sizeof(T));
   parallel_for(pool, args.num_rows, items_of_work(kByteGrain, bytes), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const uint8_t* in = args.rows + r * bytes;

@@ -15,6 +15,7 @@ void ep_pack(const EpPackArgs& args, const ThreadPool& pool) {
   const int64_t bytes = row.bytes(), top_k = row.top_k, local = args.num_local_experts;
   const auto* tokens = static_cast<const T*>(args.hidden_states);
   const auto* weights = static_cast<const Wide<T>*>(args.topk_weights);
+  advise_huge_pages(args.rows, static_cast<size_t>(args.num_rows * bytes));
   parallel_for(pool, args.num_rows, items_of_work(kByteGrain, bytes), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       uint8_t* out = args.rows + r * bytes;

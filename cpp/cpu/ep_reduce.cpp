@@ -21,6 +21,7 @@ void ep_reduce(const EpReduceArgs& args, const ThreadPool& pool) {
     const int64_t r = args.slot_to_row[token * ranks + rank];
     return r >= 0 && r < args.num_rows ? args.rows + r * bytes : nullptr;
   };
+  advise_huge_pages(output, static_cast<size_t>(args.num_tokens * width) * sizeof(T));
   parallel_for(pool, args.num_tokens, items_of_work(kElementGrain, width * ranks), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       for (int64_t first = 0; first < width; first += kColumns) {
