@@ -10,7 +10,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 
 from torch_moe import BiasBalancer, MoE
-from torch_moe.distributed import ExpertParallel, average_gradients, clip_grad_norm_, prepare_fsdp
+from torch_moe.distributed import (
+    ExpertParallel,
+    average_gradients,
+    clip_grad_norm_,
+    placement_of,
+    prepare_fsdp,
+    solve_placement,
+)
 from torch_moe.testing import assert_close
 
 H, I, E, K, T = 16, 24, 6, 2, 12  # noqa: E741
@@ -60,6 +67,26 @@ def without_fsdp(rank, world_size):
     expected, norm = trained(world_size, 1e-3)
     assert_close(clip_grad_norm_(layer.parameters(), 1e-3), norm, T * K, H, I)
     check_gradients(layer, expected)
+
+
+def with_replicas(rank, world_size):
+    """Experts 0 and 1 on several ranks: each replica ends with the expert's whole gradient, bit by bit."""
+    loads = torch.tensor([9.0, 5.0, 1.0, 1.0, 1.0, 1.0])
+    placement = placement_of(solve_placement(loads, world_size, num_redundant=2), E)
+    layer = Block(ExpertParallel(make_layer(), distributed.group.WORLD, placement=placement))
+    layer(tokens(rank)).square().mean().backward()
+    average_gradients(layer)
+    expected = trained(world_size, 1e9)[0]
+    for name, parameter in layer.moe.experts.named_parameters():
+        wanted = expected.moe.experts.get_parameter(name).grad
+        for place, expert in enumerate(placement.experts_of(rank)):
+            assert_close(parameter.grad[place], wanted[expert], T * K, H, I)
+        gathered = [None] * world_size
+        distributed.all_gather_object(gathered, {e: parameter.grad[p] for p, e in enumerate(layer.moe.experts.experts)})
+        for expert in range(E):
+            copies = [grads[expert] for grads in gathered if expert in grads]
+            assert all(torch.equal(copies[0], copy) for copy in copies)
+    assert (placement.table >= 0).sum() == E + 2
 
 
 def with_fsdp(rank, world_size):
@@ -135,6 +162,7 @@ def main(rank, world_size, path, part):
         load(folder)
     else:
         without_fsdp(rank, world_size)
+        with_replicas(rank, world_size)
         with_fsdp(rank, world_size)
         recomputed(rank)
         balanced(rank, world_size)

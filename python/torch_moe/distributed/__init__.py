@@ -21,6 +21,7 @@ from torch_moe.distributed.fsdp import prepare_fsdp
 from torch_moe.distributed.gradients import average_gradients, clip_grad_norm_
 from torch_moe.distributed.layer import ExpertParallel, ShardedExperts
 from torch_moe.distributed.placement import Placement
+from torch_moe.distributed.replicas import sum_replica_gradients
 
 __all__ = [
     "ExpertParallel",
@@ -39,5 +40,6 @@ __all__ = [
     "rank_loads",
     "regroup",
     "solve_placement",
+    "sum_replica_gradients",
     "without_ranks",
 ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 
 from torch_moe.distributed.layer import ShardedExperts
 
 if TYPE_CHECKING:
-    from torch.distributed import DeviceMesh
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def prepare_fsdp(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -38,18 +39,13 @@ def prepare_fsdp(model: nn.Module, mesh: DeviceMesh) -> None:
         raise ValueError(f"prepare_fsdp: mesh must have the dimensions 'fsdp' and 'ep', got {list(names)}")
     for experts in [module for module in model.modules() if isinstance(module, ShardedExperts)]:
         # Shards of whole experts where each rank gets at least one, else parts of every expert.
-        fewest = min(parameter.to_local().shape[0] for parameter in experts.parameters())  # type: ignore[attr-defined]
-        fully_shard(
-            experts,
-            mesh=mesh["fsdp"],
-            shard_placement_fn=None if fewest >= mesh["fsdp"].size() else _by_rows,
-        )
-        experts.set_gradient_divide_factor(float(mesh["fsdp"].size() * mesh["ep"].size()))
-        experts.set_force_sum_reduction_for_comms(True)  # a factor folded into the sum is unknown to gloo
+        fewest = min(p.to_local().shape[0] for p in experts.parameters() if isinstance(p, DTensor))
+        placed = None if fewest >= mesh["fsdp"].size() else _by_rows
+        sharded: Any = fully_shard(experts, mesh=mesh["fsdp"], shard_placement_fn=placed)
+        sharded.set_gradient_divide_factor(float(mesh["fsdp"].size() * mesh["ep"].size()))
+        sharded.set_force_sum_reduction_for_comms(True)  # a factor folded into the sum is unknown to gloo
         register_fsdp_forward_method(experts, "finish")
 
 
-def _by_rows(parameter: nn.Parameter) -> object:
-    from torch.distributed.tensor import Shard
-
+def _by_rows(parameter: nn.Parameter) -> Shard:
     return Shard(1)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torch_moe.distributed.layer import ShardedExperts
+from torch_moe.distributed.replicas import sum_replica_gradients
+
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -19,7 +22,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     Parameters
     ----------
     parameters : iterable of Tensor
-        With their gradients: ``DTensor`` on any mesh, and plain tensors, whose gradients must be the same on all ranks.
+        With their gradients: ``DTensor`` on any mesh, and plain tensors, whose gradients must be the same on all ranks:
+        not the experts of a layer that has a placement.
     max_norm : float
         The norm wanted at most.
     norm_type : float, default=2.0
@@ -61,20 +65,26 @@ def average_gradients(model: nn.Module, group: torch.distributed.ProcessGroup | 
     """Make gradients those of the mean loss over all ranks of a group, of a model without FSDP.
 
     A parameter that every rank has (router, attention) has the gradient of this rank's tokens: these are averaged. An
-    expert that one rank holds has the sum over the tokens of all ranks already: it is divided by their number.
+    expert has the sum over the tokens of all ranks, once its replicas' are added: it is divided by their number.
 
     Parameters
     ----------
     model : Module
-        After the backward of each rank's mean loss. Its ``DTensor`` parameters are sharded over the group.
+        After the backward of each rank's mean loss. Its :class:`ExpertParallel` layers are spread over the group.
     group : ProcessGroup, default=None
         The ranks; None is the default group.
     """
     ranks = torch.distributed.get_world_size(group)
+    of_experts = set()
+    for module in model.modules():
+        if isinstance(module, ShardedExperts):
+            sum_replica_gradients(module)
+            of_experts |= {id(parameter) for parameter in module.parameters()}
     for parameter in model.parameters():
         grad = parameter.grad
-        if isinstance(grad, DTensor):
-            grad.to_local().div_(ranks)
+        if isinstance(grad, DTensor) or id(parameter) in of_experts:
+            if grad is not None:
+                (grad.to_local() if isinstance(grad, DTensor) else grad).div_(ranks)
             continue
         # A rank whose tokens did not touch a parameter takes part, too.
         if grad is None:
