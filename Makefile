@@ -1,6 +1,6 @@
 # `make bench`, `make test` and `make lint` are each all a newcomer needs: Python >= 3.10, a C++20 compiler and CMake.
 # The active virtual environment is used as it is; without one, .venv is made. Nothing outside of it is touched.
-.PHONY: help install bench test test-asan gpu-check lint format clean
+.PHONY: help install bench test test-asan test-cuda test-cuda-deep gpu-check lint format clean
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
@@ -18,10 +18,11 @@ STAMP       := $(ENV)/.torch-moe-installed
 
 help:
 	@echo 'make bench      time the MoE layer against the dense FFN on real text (about two minutes)'
-	@echo 'make test       the quick test suite, then the C++ core under sanitizers'
+	@echo 'make test       the quick test suite, then the C++ core under sanitizers, then the CUDA kernels on the CPU'
 	@echo 'make lint       ruff, mypy --strict, clang-format'
 	@echo 'make test-asan  the C++ core under the address and undefined-behaviour sanitizers'
 	@echo 'make gpu-check  build, prove and measure the CUDA kernels on the GPU of this machine (nine minutes at most)'
+	@echo 'make test-cuda  the CUDA kernels executed on the CPU; test-cuda-deep: under many more schedules'
 	@echo 'make format     rewrite the sources as make lint wants them'
 	@echo 'make install    the environment alone: torch, build tools, extras, this package'
 	@echo 'make clean      remove build outputs (and .venv)'
@@ -51,6 +52,7 @@ bench: $(STAMP)
 test: $(STAMP)
 	$(RUN) -m pytest -n $(JOBS) -m 'not slow' tests $(TEST_ARGS)
 	$(MAKE) test-asan
+	$(MAKE) test-cuda
 
 test-asan: $(STAMP)
 	$(CMAKE) -S . -B build/asan -G Ninja -DMOE_ASAN=ON
@@ -60,6 +62,15 @@ test-asan: $(STAMP)
 # On the Python that is there, with its torch: where the GPUs are, nothing may be there to download from.
 gpu-check:
 	$(if $(VIRTUAL_ENV),$(RUN),$(PYTHON)) benchmarks/gpu_check.py $(GPU_ARGS)
+
+# Every CUDA kernel, executed on the CPU under randomised schedules; needs CUDA's headers and no GPU.
+test-cuda: $(STAMP)
+	$(CMAKE) -S . -B build/cuda -G Ninja -DMOE_CUDA_ON_CPU=ON
+	$(CMAKE) --build build/cuda --parallel $(JOBS) --target moe_cuda_tests
+	$(ENV)/bin/ctest --test-dir build/cuda -L cuda --parallel $(JOBS) --output-on-failure
+
+test-cuda-deep: export MOE_CUDA_SEEDS := 50
+test-cuda-deep: test-cuda
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #ifdef CUDA_ON_CPU
-#include "ptx_emu.h"
+#include "emu/ptx_emu.h"
 #else
 #include "ptx/async_copy.cuh"
 #include "ptx/barrier.cuh"

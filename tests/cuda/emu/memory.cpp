@@ -1,0 +1,105 @@
+// Shared memory of a block, and the regions that cudaMalloc gave.
+#include <map>
+
+#include "emu/state.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define RED_ZONE 16
+#else
+#define __asan_unpoison_memory_region(p, n) (void)0
+#define RED_ZONE 0
+#endif
+
+namespace emu {
+
+std::map<const char*, Region> regions;
+
+char* dynamic_smem() { return current->block->arena; }
+
+char* static_smem(const void* tag, size_t bytes, size_t align, const Where& where) {
+  Block* b = current->block;
+  auto it = b->statics.find(tag);
+  if (it == b->statics.end()) {
+    b->static_begin = (b->static_begin - bytes) & ~(std::max<size_t>(align, 16) - 1);
+    if (b->static_begin < b->dynamic_size + RED_ZONE) fail(where, "static and dynamic shared memory exceed 227 KB");
+    if (kSmemSize - b->static_begin > 48 * 1024 + 1024) fail(where, "static shared memory exceeds 48 KB");
+    it = b->statics.emplace(tag, static_cast<uint32_t>(b->static_begin)).first;
+    __asan_unpoison_memory_region(b->arena + b->static_begin, bytes);
+    b->static_begin -= RED_ZONE;
+  }
+  return b->arena + it->second;
+}
+
+uint32_t smem_address(const void* p, const Where& where) {
+  const ptrdiff_t offset = static_cast<const char*>(p) - current->block->arena;
+  if (offset < 0 || offset >= static_cast<ptrdiff_t>(kSmemSize)) fail(where, "%p is not in shared memory", p);
+  return kSmemBase + static_cast<uint32_t>(offset);
+}
+
+Block* owner_of(uint32_t address, const Where& where) {
+  const uint32_t window = address / kSmemWindow;
+  if (window == 0) return current->block;
+  auto& blocks = current->block->cluster->blocks;
+  if (window > blocks.size()) fail(where, "shared address 0x%x is of no block of this cluster", address);
+  Block* b = blocks[window - 1].get();
+  if (b->live == 0) fail(where, "shared address 0x%x is of a block that has exited", address);
+  return b;
+}
+
+char* smem_pointer(Block* b, uint32_t address, size_t bytes, size_t align, const Where& where) {
+  const uint32_t o = address - kSmemBase;
+  const bool inside =
+      address >= kSmemBase && (o + bytes <= b->dynamic_size || (o >= b->static_begin && o + bytes <= kSmemSize));
+  if (!inside)
+    fail(where, "shared address 0x%x..+%zu is out of bounds (%zu dynamic bytes)", address, bytes, b->dynamic_size);
+  if (address % align) fail(where, "shared address 0x%x is not aligned to %zu", address, align);
+  return b->arena + o;
+}
+
+Region* find_region(const void* p) {
+  auto it = regions.upper_bound(static_cast<const char*>(p));
+  if (it == regions.begin()) return nullptr;
+  Region& r = (--it)->second;
+  return static_cast<const char*>(p) < r.base + r.bytes ? &r : nullptr;
+}
+
+void expect_written_once(const void* p, size_t bytes) {
+  Region* r = find_region(p);
+  if (!checks_races || r == nullptr) return;
+  r->once_begin = static_cast<size_t>(static_cast<const char*>(p) - r->base);
+  r->once_bytes = bytes;
+  r->writes.assign(r->bytes, 0);
+}
+
+bool check_written_once(const void* p) {
+  Region* r = find_region(p);
+  if (r == nullptr || r->writes.empty()) return true;
+  bool ok = true;
+  for (size_t i = 0; i < r->once_bytes && ok; ++i)
+    if (r->writes[r->once_begin + i] != 1) {
+      fprintf(stderr, "EMU: byte %zu of %zu was written %d times, not once\n", i, r->once_bytes,
+              r->writes[r->once_begin + i]);
+      ok = false;
+    }
+  r->writes.clear();
+  return ok;
+}
+
+}  // namespace emu
+
+extern "C" {
+cudaError_t cudaMalloc(void** p, size_t bytes) {
+  *p = nullptr;
+  if (posix_memalign(p, 256, bytes ? bytes : 1)) return cudaErrorMemoryAllocation;
+  memset(*p, 0xff, bytes);  // NaN
+  char* base = static_cast<char*>(*p);
+  emu::regions[base] = emu::Region{base, bytes, {}, {}};
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* p) {
+  emu::regions.erase(static_cast<char*>(p));
+  free(p);
+  return cudaSuccess;
+}
+}
