@@ -23,13 +23,12 @@ __device__ __forceinline__ int64_t place_of_tile(const TileSchedule& schedule, i
 
 // partials: [tiles, N].
 template <typename T, int kCount>
-__global__ void __launch_bounds__(32 * kWarps)
-    bgrad_tile_kernel(Wide<T>* partials, BgradTask task, int64_t column_blocks) {
+__global__ void __launch_bounds__(32 * kWarps) bgrad_tile_kernel(Wide<T>* partials, BgradTask task) {
   using Real = Wide<T>;
   SMEM_ARRAY(Real, sums, kWarps * 32 * kCount);
-  const int64_t tile = blockIdx.x / column_blocks, n = task.n;
+  const int64_t tile = blockIdx.x, n = task.n;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t column = (blockIdx.x % column_blocks * 32 + lane) * kCount;
+  const int64_t column = (int64_t{blockIdx.y} * 32 + lane) * kCount;
   if (tile >= task.schedule.first_tile[task.num_experts]) return;
   const int64_t place = place_of_tile(task.schedule, task.num_experts, tile);
   const int64_t expert = task.schedule.order[place];
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     Real total = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += sums[w * 32 * kCount + i];
-    const int64_t target = (blockIdx.x % column_blocks * 32 + i % 32) * kCount + i / 32;
+    const int64_t target = (int64_t{blockIdx.y} * 32 + i % 32) * kCount + i / 32;
     if (target < n) partials[tile * n + target] = total;
   }
 }
@@ -97,11 +96,10 @@ template <typename T, int kCount>
 Status bgrad(const BgradTask& task, const CudaContext& cuda) {
   // A tile is full, or the last of its expert.
   const int64_t tiles = task.num_rows / task.schedule.tile_rows + task.num_experts;
-  const int64_t column_blocks = ceil_div(task.n, 32 * kCount);
   Wide<T>* partials = allocate<Wide<T>>(tiles * task.n, cuda);
   if (!partials) return Status::kOutOfMemory;
-  LAUNCH((bgrad_tile_kernel<T, kCount>), dim3(static_cast<unsigned>(tiles * column_blocks)), dim3(32 * kWarps), 0,
-         stream(cuda), partials, task, column_blocks);
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(task.n, 32 * kCount)));
+  LAUNCH((bgrad_tile_kernel<T, kCount>), grid, dim3(32 * kWarps), 0, stream(cuda), partials, task);
   const Status status = launched("bgrad_tile", cuda);
   if (status != Status::kOk) return status;
   const Tiling tiling(task.num_experts, task.n);

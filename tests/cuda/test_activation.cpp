@@ -22,6 +22,7 @@ void check_activation(const ActivationOptions& o, int64_t rows, int64_t width, i
                           kPool<1>);
 
   DeviceArray<T> in(pre, offset), grad_in(grad, offset), out(rows * width, offset), grad_out(rows * pitch, offset);
+  const WrittenOnce once(out), once_grad(grad_out);
   run_on_device([&](const CudaContext& device) {
     return activation_cuda({out.data(), in.data(), rows, width, kDType<T>, o}, device);
   });

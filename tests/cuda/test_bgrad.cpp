@@ -10,6 +10,7 @@ void check_bgrad(const Problem& p, const Plan& plan, int64_t offset) {
   const auto grad = random_values<T>(rows * n, 1);
   DevicePlan maps(plan);
   DeviceArray<T> in(grad, offset), out(p.num_experts * n);
+  const WrittenOnce once(out);
   run_on_device([&](const CudaContext& device) {
     return grouped_gemm_bgrad_cuda(
         {out.data(), in.data(), maps.expert_offsets.data(), rows, p.num_experts, n, kDType<T>}, device);
@@ -43,6 +44,7 @@ void check_weighted(const Problem& p, const Plan& plan) {
                        .num_experts = p.num_experts,
                        .n = n,
                        .dtype = kDType<T>};
+  const WrittenOnce once(out);
   run_on_device([&](const CudaContext& device) {
     const Status status =
         cuda::make_schedule(maps.expert_offsets.data(), rows, p.num_experts, 64, device, &task.schedule);

@@ -13,6 +13,7 @@ void check_combine(const Problem& p, const Plan& plan, int64_t offset, bool weig
   DevicePlan maps(plan);
   DeviceArray<T> in(rows, offset), out(p.num_tokens * p.hidden_size, offset);
   DeviceArray<Wide<T>> w(weights);
+  const WrittenOnce once(out);
   run_on_device([&](const CudaContext& device) {
     return combine_cuda({out.data(), in.data(), weighted ? w.data() : nullptr, maps.view(p), p.hidden_size, kDType<T>},
                         device);
@@ -39,6 +40,7 @@ void check_backward(const Problem& p, const Plan& plan, int64_t offset) {
   DevicePlan maps(plan);
   DeviceArray<T> in(rows, offset), grad_in(grad, offset), grad_rows(p.num_rows() * width, offset);
   DeviceArray<Wide<T>> w(weights), grad_weights(p.num_rows());
+  const WrittenOnce once(grad_rows), once_weights(grad_weights);
   run_on_device([&](const CudaContext& device) {
     return combine_backward_cuda(
         {grad_rows.data(), grad_weights.data(), grad_in.data(), in.data(), w.data(), maps.view(p), width, kDType<T>},
@@ -116,6 +118,7 @@ void check_grad_weights(const Problem& p, const Plan& plan, int64_t num_partials
                              .num_partials = num_partials,
                              .hidden_size = width,
                              .dtype = kDType<T>};
+  const WrittenOnce once(out);
   run_on_device([&](const CudaContext& device) {
     const Status status =
         cuda::make_schedule(maps.expert_offsets.data(), rows, p.num_experts, 64, device, &task.schedule);

@@ -17,6 +17,7 @@ void check_permute(const Problem& p, const Plan& plan, int64_t offset) {
   }
   DevicePlan maps(plan);
   DeviceArray<T> in(tokens, offset), rows(p.num_rows() * p.hidden_size, offset);
+  const WrittenOnce once(rows);
   run_on_device([&](const CudaContext& device) {
     return permute_cuda({rows.data(), in.data(), maps.view(p), p.hidden_size, kDType<T>}, device);
   });

@@ -8,6 +8,7 @@ Plan run_plan(const Problem& p, int64_t capacity) {
       slot_to_row(p.num_rows());
   cudaMemset(row_to_slot.data(), 0x77, static_cast<size_t>(p.num_rows()) * 4);  // not -1, which is a result
   cudaMemset(slot_to_row.data(), 0x77, static_cast<size_t>(p.num_rows()) * 4);
+  const WrittenOnce once(offsets), once_row(row_to_slot), once_slot(slot_to_row);
   run_on_device([&](const CudaContext& device) {
     return plan_cuda({offsets.data(), row_to_slot.data(), slot_to_row.data(), ids.data(), p.num_tokens, p.num_experts,
                       p.top_k, capacity},

@@ -247,6 +247,13 @@ TEST(route_override_is_weighed_and_nothing_else) {
         check_weights(c, routed);
         CHECK(routed.weights[2] == 0 && routed.weights[4] == 0);
         check_backward(c, ids);
+        // More choices than a warp has lanes.
+        std::vector<int32_t> many;
+        for (int32_t i = 0; i < 80; ++i) many.push_back(i % 41);
+        const RouteCase<float> wide{random_values<float>(2 * 600, 1), {}, many, 600, 40, o};
+        const auto routed_wide = run_cuda(wide);
+        CHECK(routed_wide.ids == many);
+        check_weights(wide, routed_wide);
       }
     }
   }
