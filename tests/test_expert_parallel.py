@@ -7,7 +7,7 @@ from ranks import needs_distributed, run_ranks
 from torch.autograd import gradcheck
 
 import torch_moe
-from torch_moe.distributed import ExpertParallel, Placement
+from torch_moe.distributed import ExchangeCost, ExpertParallel, Placement, best_chunks
 
 pytestmark = needs_distributed
 
@@ -48,6 +48,20 @@ def test_gradcheck(group, num_chunks):
         return torch.func.functional_call(parallel, dict(zip(names, values, strict=True)), x)
 
     assert gradcheck(forward, (randn(5, 3, dtype=torch.float64).requires_grad_(), *parameters))
+
+
+@pytest.mark.parametrize(
+    ("latency", "bandwidth", "compute", "chunks"),
+    [
+        (1e-3, 1e12, 0.1, 1),  # nothing to hide
+        (1e-3, 1e8, 0.0, 1),  # nothing to hide it behind
+        (1e-1, 1e8, 0.1, 1),  # every chunk costs more than it hides
+        (1e-3, 1e8, 0.2, 8),  # the balance point
+        (1e-6, 1e8, 0.2, 16),
+    ],
+)
+def test_best_chunks(latency, bandwidth, compute, chunks):
+    assert best_chunks(ExchangeCost(latency, bandwidth), 10e6, 10e6, compute) == chunks
 
 
 def test_placement_of_shard_0():

@@ -8,7 +8,7 @@ from torch import distributed
 
 import torch_moe
 from torch_moe import ops, reference
-from torch_moe.distributed import ExpertParallel, Placement, check_splits, exchange
+from torch_moe.distributed import ExpertParallel, Placement, check_splits, exchange, measure_exchange, tune_chunks
 from torch_moe.testing import assert_close
 
 H, I, E, K = 37, 53, 10, 3  # noqa: E741  # E is no multiple of 4 or 8
@@ -255,6 +255,19 @@ def test_splits_that_disagree(rank, world_size):
         if rank > 1:  # sees rank 1's, and only that
             raise AssertionError
     distributed.barrier()
+
+
+def test_tuned_chunks(rank, world_size):
+    parallel = ExpertParallel(make_layer(), distributed.group.WORLD)
+    tokens, _, own = inputs(rank, world_size)
+    expected = parallel(tokens[own])
+    cost = measure_exchange(parallel, num_bytes=1 << 16, rounds=2)
+    costs = [None] * world_size
+    distributed.all_gather_object(costs, (cost, tune_chunks(parallel, tokens[own], rounds=1)))
+    assert costs == [costs[0]] * world_size
+    assert cost.latency > 0
+    assert cost.bandwidth > 0
+    assert torch.equal(parallel(tokens[own]), expected)
 
 
 def test_state_dict(rank, world_size):

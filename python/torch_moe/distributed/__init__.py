@@ -22,24 +22,29 @@ from torch_moe.distributed.gradients import average_gradients, clip_grad_norm_
 from torch_moe.distributed.layer import ExpertParallel, ShardedExperts
 from torch_moe.distributed.placement import Placement
 from torch_moe.distributed.replicas import sum_replica_gradients
+from torch_moe.distributed.tuning import ExchangeCost, best_chunks, measure_exchange, tune_chunks
 
 __all__ = [
+    "ExchangeCost",
     "ExpertParallel",
     "Placement",
     "RankLost",
     "ShardedExperts",
     "agree_on_survivors",
     "average_gradients",
+    "best_chunks",
     "check_splits",
     "clip_grad_norm_",
     "count_moves",
     "experts",
     "guard",
+    "measure_exchange",
     "placement_of",
     "prepare_fsdp",
     "rank_loads",
     "regroup",
     "solve_placement",
     "sum_replica_gradients",
+    "tune_chunks",
     "without_ranks",
 ]

@@ -1,0 +1,137 @@
+r"""How many chunks: a fit of what exchanges cost, measured on the group itself.
+
+An exchange of n bytes takes :math:`\alpha + n / \beta`. In C chunks, one of which is computed while the others travel,
+dispatch, compute and combine take about
+
+.. math:: t(C) = 2 C\,\alpha + (d + x + c) / C + (1 - 1/C) \max(d + c,\; x)
+
+with :math:`d, c` the time of the bytes each way and :math:`x` that of the experts: the first chunk arrives and the last
+one returns while nothing is computed; in between the slower of wire and experts is what takes time. C = 1 is serial.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_moe.distributed import exchange
+from torch_moe.distributed.layer import ExpertParallel
+
+_CANDIDATES = (1, 2, 4, 8, 16)
+# More chunks have to promise this much: a model of a noisy machine is no better.
+_LEAST_GAIN = 0.05
+
+
+class ExchangeCost(NamedTuple):
+    """What an exchange costs: ``latency + bytes / bandwidth``, in seconds and bytes per second."""
+
+    latency: float
+    bandwidth: float
+
+    def seconds(self, num_bytes: float) -> float:
+        """Return the time of one exchange."""
+        return self.latency + num_bytes / self.bandwidth
+
+
+def measure_exchange(layer: ExpertParallel, *, num_bytes: int = 1 << 20, rounds: int = 5) -> ExchangeCost:
+    """Time a tiny and a large exchange on the layer's group; every rank has to call this, and gets the same.
+
+    Parameters
+    ----------
+    layer : ExpertParallel
+        Whose group and device are measured.
+    num_bytes : int, default=1048576
+        What the large one sends to each rank.
+    rounds : int, default=5
+        Exchanges of either size; the medians count, and of the ranks the slowest.
+
+    Returns
+    -------
+    ExchangeCost
+        The fit. Bytes are those that leave a rank.
+    """
+    experts = layer.experts
+    ranks, device = experts.ep_size, torch.device(experts.mesh.device_type)
+    times = []
+    for size in (16, num_bytes):
+        rows, equal = torch.zeros(ranks, size, dtype=torch.uint8, device=device), [1] * ranks
+        times.append(_median(lambda: exchange.wait(exchange.start(rows, equal, equal, experts.group_name)), rounds))  # noqa: B023
+    latency, large = _slowest(times, experts.group_name, device)
+    away = (ranks - 1) * (num_bytes - 16)
+    return ExchangeCost(latency, max(away, 1) / max(large - latency, 1e-9))
+
+
+def tune_chunks(layer: ExpertParallel, hidden_states: Tensor, *, rounds: int = 3) -> int:
+    """Set ``layer.experts.num_chunks`` to what the fit says is fastest for such a batch; every rank has to call this.
+
+    The experts are timed as one forward of the layer less its exchange. Where several chunks promise less than 5 %,
+    there is one. The bits of results do not change.
+
+    Parameters
+    ----------
+    layer : ExpertParallel
+        The layer, in the mode it will run in.
+    hidden_states : Tensor of shape (..., hidden_size)
+        A batch of the usual size.
+    rounds : int, default=3
+        Forwards that are timed.
+
+    Returns
+    -------
+    int
+        The number of chunks, the same on every rank.
+    """
+    experts = layer.experts
+    device = torch.device(experts.mesh.device_type)
+    cost = measure_exchange(layer)
+    experts.num_chunks = 1
+    with torch.no_grad():
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, ids = layer.router(tokens)
+        sent = experts.send(tokens, weights, ids)
+        rows = int(sent.plan.rank_offsets[-1]) - int(sent.plan.counts[experts.ep_rank, 0])
+        dispatch, combine = rows * sent.received[0].shape[1], rows * tokens.shape[1] * tokens.element_size()
+        experts.finish(sent)
+        forward = _median(lambda: experts.finish(experts.send(tokens, weights, ids)), rounds)
+    forward, send, back = _slowest([forward, dispatch, combine], experts.group_name, device)
+    serial = cost.seconds(send) + cost.seconds(back)
+    compute = max(forward - serial, 0.0)
+
+    chunks = best_chunks(cost, send, back, compute)
+    experts.num_chunks = chunks
+    return chunks
+
+
+def best_chunks(cost: ExchangeCost, dispatch_bytes: float, combine_bytes: float, compute: float) -> int:
+    """Return the number of chunks that the model of this module calls fastest, 1 unless others gain 5 %."""
+    d, c = dispatch_bytes / cost.bandwidth, combine_bytes / cost.bandwidth
+
+    def seconds(chunks: int) -> float:
+        rest = (chunks - 1) / chunks
+        return 2 * chunks * cost.latency + (d + c + compute) / chunks + max((d + c) * rest, compute * rest)
+
+    best = min(_CANDIDATES, key=seconds)
+    return best if seconds(best) < (1 - _LEAST_GAIN) * seconds(1) else 1
+
+
+def _median(call: Callable[[], Tensor], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        result = call()
+        if result.is_cuda:
+            torch.cuda.synchronize(result.device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _slowest(numbers: list[float], group_name: str, device: torch.device) -> list[float]:
+    """Return the largest of each number over the ranks: all ranks decide by the same."""
+    own = torch.tensor(numbers, dtype=torch.float64, device=device)
+    largest: list[float] = exchange.wait(torch.ops._c10d_functional.all_reduce(own, "max", group_name)).tolist()
+    return largest
