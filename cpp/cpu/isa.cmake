@@ -4,13 +4,14 @@
 # library runs on every processor of the architecture: the dispatcher asks the processor before it calls into one of them.
 # It learns which ones were compiled from MOE_HAVE_<ISA>.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  set(MOE_ISAS scalar avx2 avx512 amx)
+  set(MOE_ISAS scalar avx2 avx512 avx512_bf16 amx)
 else()
   set(MOE_ISAS scalar) # aarch64 too: its NEON is in the baseline, which the compiler uses without a flag
 endif()
 set(MOE_FLAGS_scalar "")
 set(MOE_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(MOE_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
+set(MOE_FLAGS_avx512_bf16 ${MOE_FLAGS_avx512} -mavx512bf16)
 set(MOE_FLAGS_amx ${MOE_FLAGS_avx512} -mamx-tile -mamx-bf16)
 
 # Flags of every kernel: what vectorisation needs and IEEE semantics can spare. NaN, infinity and the order of sums stay

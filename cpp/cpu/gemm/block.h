@@ -91,7 +91,9 @@ class BlockGemm {
   void load_rows(const Storage* const* rows, int64_t m, int64_t k, WeightLayout layout, bool row_invariant = false) {
     m_ = m;
     k_ = k;
-    kernel_ = choose_gemm(layout, row_invariant ? kMaxWidenedDotProductRows + 1 : m, !std::is_same_v<Storage, Real>,
+    pairs_ = kernels_.outer_pairs != nullptr && k % 2 == 0;
+    kernel_ = choose_gemm(layout, row_invariant ? kMaxWidenedDotProductRows + 1 : m,
+                          !std::is_same_v<Storage, Real> && !pairs_,
                           kernels_.matrix_units != nullptr && k % MatrixUnits::kDepth == 0);
     if (kernel_ == GemmKernel::kTiles) return load_tile_rows(rows, layout);
     if (kernel_ == GemmKernel::kTokensInLanes) {
@@ -99,7 +101,12 @@ class BlockGemm {
       panels_ = ceil_div(width_, kernels_.panel());
       for (int64_t p = 0; p < panels_; ++p) {
         const int64_t first = panel_begin(p), width = panel_begin(p + 1) - first;
-        kernels_.pack_transposed(rows + first, m - first, k, width, packed_ + first * k);
+        if (pairs_) {
+          for (int64_t i = first; i < m; ++i) real_rows_[i] = reinterpret_cast<const Real*>(rows[i]);
+          kernels_.pack_reals_transposed(real_rows_ + first, m - first, k / 2, width, packed_ + first * (k / 2));
+        } else {
+          kernels_.pack_transposed(rows + first, m - first, k, width, packed_ + first * k);
+        }
       }
       return;
     }
@@ -164,7 +171,9 @@ class BlockGemm {
   int64_t dot_depth() const { return m_ <= kMaxDotRows ? k_ : std::min(k_, kDepth); }
   // NOTE: a row is one cache line longer than it need be: at a power of two, all rows would fall into the same cache
   // sets.
-  int64_t dot_row_size() const { return ceil_div(dot_depth(), kernels_.dot_step) * kernels_.dot_step + kernels_.lanes; }
+  int64_t dot_row_size() const {
+    return ceil_div(dot_depth(), kernels_.dot_step) * kernels_.dot_step / kernels_.dot_packing + kernels_.lanes;
+  }
 
   // packed_: [blocks of k][m][dot_row_size]
   void pack_dot_rows(const Storage* const* rows) {
@@ -194,7 +203,7 @@ class BlockGemm {
     const Real* a[kMaxDotRows];
     const auto run = [&](int64_t begin, int64_t end, int64_t ahead) {
       for (int64_t x = 0; x < columns; ++x) w[x] = weight + x * k_ + begin;
-      for (int64_t i = 0; i < m_; ++i) a[i] = packed_ + i * dot_row_size() + begin;
+      for (int64_t i = 0; i < m_; ++i) a[i] = packed_ + i * dot_row_size() + begin / kernels_.dot_packing;
       kernels_.dot(static_cast<int>(m_), static_cast<int>(columns), a, w, end - begin, sums_, {begin == 0, end == k_},
                    c, ldc, ahead);
     };
@@ -238,14 +247,18 @@ class BlockGemm {
     }
   }
 
+  // k in numbers or pairs of packed rows.
+  int64_t packed_depth() const { return pairs_ ? k_ / 2 : k_; }
+
   // A few rows of the weight at a time, each read along k for as long as the packed rows stay cached.
   void multiply_tokens_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
-    const int64_t ld = width_;
-    const int64_t blocks = ceil_div(k_ * ld * static_cast<int64_t>(sizeof(Real)), kCachedBytes);
+    const int64_t ld = width_, k = packed_depth();
+    const bool direct = std::is_same_v<Storage, Real> || pairs_;
+    const int64_t blocks = ceil_div(k * ld * static_cast<int64_t>(sizeof(Real)), kCachedBytes);
     const int64_t step = kernels_.tile_rows(ceil_div(ceil_div(width_, kernels_.lanes), panels_));
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = k_ * b / blocks, last = k_ * (b + 1) / blocks;
-      const int64_t depth = std::is_same_v<Storage, Real> ? last - first : kDepth;
+      const int64_t first = k * b / blocks, last = k * (b + 1) / blocks;
+      const int64_t depth = direct ? last - first : kDepth;
       for (int64_t j = 0; j < count; j += step) {
         for (int64_t k0 = first; k0 < last; k0 += depth) {
           multiply_panels(weight.data + (begin + j) * weight.k, weight.k, std::min(step, count - j), k0,
@@ -261,13 +274,16 @@ class BlockGemm {
     const Real* p[kMaxTileRows];
     if constexpr (std::is_same_v<Storage, Real>) {
       for (int64_t x = 0; x < rows; ++x) p[x] = weight + x * stride + k0;
+    } else if (pairs_) {
+      for (int64_t x = 0; x < rows; ++x) p[x] = reinterpret_cast<const Real*>(weight + x * stride + 2 * k0);
     } else {
       stage(rows, [&](int64_t x, Real* row) { kernels_.widen_row(weight + x * stride + k0, depth, row); }, p);
     }
     for (int64_t panel = 0; panel < panels_; ++panel) {
       const int64_t first = panel_begin(panel), width = panel_begin(panel + 1) - first;
-      kernels_.outer(static_cast<int>(rows), static_cast<int>(width), p, packed_ + first * k_ + k0 * width, width,
-                     depth, out + first, width_, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
+      const auto outer = pairs_ ? kernels_.outer_pairs : kernels_.outer;
+      outer(static_cast<int>(rows), static_cast<int>(width), p, packed_ + first * packed_depth() + k0 * width, width,
+            depth, out + first, width_, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
     }
   }
 
@@ -341,6 +357,7 @@ class BlockGemm {
   Real* transposed_;  // c^T of kTokensInLanes
   const Real** real_rows_;
   int64_t m_ = 0, k_ = 0, panels_ = 0, width_ = 0;
+  bool pairs_ = false;  // whether rows and weight are multiplied in pairs of elements
   GemmKernel kernel_ = GemmKernel::kDot;
 };
 

@@ -114,7 +114,8 @@ bool set_isa(std::string_view name) {
 }
 
 std::string_view gemm_kernel_name(WeightLayout layout, int64_t rows, DType dtype) {
-  const bool widened = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+  const bool widened =
+      dtype == DType::kFloat16 || (dtype == DType::kBFloat16 && kernels<BFloat16>().outer_pairs == nullptr);
   const bool matrix_units = dtype == DType::kBFloat16 && kernels<BFloat16>().matrix_units != nullptr;
   switch (choose_gemm(layout, rows, widened, matrix_units)) {
     case GemmKernel::kDot:

@@ -15,11 +15,14 @@
 
 namespace moe::MOE_ISA {
 
-// Elements of Storage that one step reads of a row: a vector, or for BFloat16 two, the even and the odd elements.
+// Elements of Storage that one step reads of a row: a vector; of BFloat16 two vectors' worth, either as pairs, where
+// the processor multiplies those, or as the even and the odd elements.
 template <typename Storage>
-inline constexpr int kDotParts = std::is_same_v<Storage, BFloat16> ? 2 : 1;
+inline constexpr int kDotPacking = std::is_same_v<Storage, BFloat16> && kHasPairs ? 2 : 1;
 template <typename Storage>
-inline constexpr int kDotStep = kDotParts<Storage> * kLanes<Wide<Storage>>;
+inline constexpr int kDotParts = std::is_same_v<Storage, BFloat16> && !kHasPairs ? 2 : 1;
+template <typename Storage>
+inline constexpr int kDotStep = kDotPacking<Storage> * kDotParts<Storage> * kLanes<Wide<Storage>>;
 
 // Accumulators and the vectors of a tile's rows share the registers.
 template <typename Storage, int Rows>
@@ -30,6 +33,8 @@ template <typename Storage>
 inline void load_step(const Storage* p, Vec<Wide<Storage>> (&parts)[kDotParts<Storage>]) {
   if constexpr (kDotParts<Storage> == 2) {
     load_pairs(p, parts[0], parts[1]);
+  } else if constexpr (kDotPacking<Storage> == 2) {
+    parts[0] = in_register(load(reinterpret_cast<const float*>(p)));
   } else {
     parts[0] = in_register(load(p));
   }
@@ -46,7 +51,7 @@ template <typename Storage>
 void arrange_for_dot(const Storage* src, int64_t n, Wide<Storage>* dst) {
   constexpr int kStep = kDotStep<Storage>, kParts = kDotParts<Storage>;
   Vec<Wide<Storage>> parts[kParts];
-  for (int64_t x = 0; x < n; x += kStep, dst += kStep) {
+  for (int64_t x = 0; x < n; x += kStep, dst += kParts * kLanes<Wide<Storage>>) {
     n - x < kStep ? load_first_of_step(src + x, n - x, parts) : load_step(src + x, parts);
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) store(dst + part * kLanes<Wide<Storage>>, parts[part]);
@@ -74,7 +79,7 @@ void dot_tile(int columns, const Wide<Storage>* const* a, const Storage* const* 
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
-      for (int p = 0; p < kParts; ++p) a_parts[i][p] = in_register(load(a_row[i] + x + p * n));
+      for (int p = 0; p < kParts; ++p) a_parts[i][p] = in_register(load(a_row[i] + x / kDotPacking<Storage> + p * n));
     }
 #pragma GCC unroll 8
     for (int j = 0; j < Columns; ++j) {
@@ -82,7 +87,13 @@ void dot_tile(int columns, const Wide<Storage>* const* a, const Storage* const* 
 #pragma GCC unroll 2
       for (int p = 0; p < kParts; ++p) {
 #pragma GCC unroll 4
-        for (int i = 0; i < Rows; ++i) tile[i][j] += a_parts[i][p] * w_parts[p];
+        for (int i = 0; i < Rows; ++i) {
+          if constexpr (kDotPacking<Storage> == 2) {
+            tile[i][j] = add_pairs(tile[i][j], a_parts[i][p], w_parts[p]);
+          } else {
+            tile[i][j] += a_parts[i][p] * w_parts[p];
+          }
+        }
       }
     }
   };

@@ -42,6 +42,7 @@ struct Kernels {
   int tile_vectors;              // widest tile of `outer`, in vectors
   int dot_columns[kMaxDotRows];  // how many columns a tile of `dot` with 1, 2, .. rows has
   int dot_step;                  // `arrange_for_dot` pads to a multiple of this
+  int dot_packing;               // elements that `arrange_for_dot` puts into the room of a Real: 1, or a pair
 
   int64_t panel() const { return int64_t{tile_vectors} * lanes; }
   int64_t tile_rows(int64_t vectors) const { return std::min(kMaxTileRows, accumulators / vectors); }
@@ -50,6 +51,11 @@ struct Kernels {
   // q begins at q + x * ldq. rows * ceil(width / lanes) <= accumulators.
   void (*outer)(int rows, int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
                 TileStore how);
+
+  // The same where p and q hold pairs of BFloat16, each of the size of a Real, and the product of two pairs is the sum
+  // of two products; of BFloat16 only, where the processor has such products. Subnormal numbers count as zero in it.
+  void (*outer_pairs)(int rows, int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c,
+                      int64_t ldc, TileStore how) = nullptr;
 
   // c[i, j] = <a[i], w[j]> for i < rows and j < columns <= dot_columns[rows - 1], over k elements, which may be one
   // part of all: the parts before and after it share `sums`, kMaxDotRows * kMaxTileRows vectors. a is arranged (below),
@@ -62,6 +68,8 @@ struct Kernels {
 
   // q[x, i] = rows[i][x] for x < k and i < m; columns m .. width of q are zero.
   void (*pack_transposed)(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Real* q);
+  // The same for numbers that are Real already, or pairs.
+  void (*pack_reals_transposed)(const Real* const* rows, int64_t m, int64_t k, int64_t width, Real* q);
   // Panels of `width` columns, one after the other, each [k, width]: q holds rows[x][0 .. n) for x < k; columns past n
   // are zero. Each row is read from end to end.
   void (*pack)(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Real* q);

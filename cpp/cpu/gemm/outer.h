@@ -11,7 +11,7 @@
 namespace moe::MOE_ISA {
 
 // One piece of a tile's width: `Rows` x `Vectors` vectors of `Bytes`.
-template <typename Real, int Rows, int Vectors, int Bytes>
+template <typename Real, bool Pairs, int Rows, int Vectors, int Bytes>
 struct TilePart {
   using Wider = VectorOf<Real, Bytes>;
   using V = typename Wider::Type;
@@ -20,6 +20,13 @@ struct TilePart {
   V column[Vectors > 0 ? Vectors : 1];
 
   static V load(const Real* p) { return *reinterpret_cast<const typename Wider::Unaligned*>(p); }
+  static V broadcast(const Real* p) {
+    if constexpr (Pairs) {
+      return broadcast_pair<V>(p);
+    } else {
+      return *p - V{};
+    }
+  }
   void begin(const Real* c, int64_t ldc, bool add) {
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
@@ -33,7 +40,13 @@ struct TilePart {
   }
   __attribute__((always_inline)) void add(int i, V element) {
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) sums[i][j] += element * column[j];
+    for (int j = 0; j < Vectors; ++j) {
+      if constexpr (Pairs) {
+        sums[i][j] = add_pairs(sums[i][j], element, column[j]);
+      } else {
+        sums[i][j] += element * column[j];
+      }
+    }
   }
   void end(Real* c, int64_t ldc, bool past_caches) const {
 #pragma GCC unroll 8
@@ -51,11 +64,11 @@ struct TilePart {
   }
 };
 
-template <typename Real, int Rows, int Vectors, int Narrow>
+template <typename Real, bool Pairs, int Rows, int Vectors, int Narrow>
 void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc, TileStore how) {
   constexpr int kWide = Vectors * kLanes<Real>;
-  TilePart<Real, Rows, Vectors, MOE_VECTOR_BYTES> wide;
-  TilePart<Real, Rows, Narrow, kNarrowBytes> narrow;
+  TilePart<Real, Pairs, Rows, Vectors, MOE_VECTOR_BYTES> wide;
+  TilePart<Real, Pairs, Rows, Narrow, kNarrowBytes> narrow;
   const Real* row[Rows];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) row[i] = p[i];
@@ -69,7 +82,8 @@ void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Rea
     for (int i = 0; i < Rows; ++i) {
       if constexpr (Vectors > 0) {
         // One vector of q uses each element once: there the broadcast is best left to the multiplication.
-        const Vec<Real> element = Vectors + Narrow > 1 ? in_register(broadcast(row[i][x])) : broadcast(row[i][x]);
+        const Vec<Real> broadcast = wide.broadcast(row[i] + x);
+        const Vec<Real> element = Vectors + Narrow > 1 ? in_register(broadcast) : broadcast;
         wide.add(i, element);
         if constexpr (Narrow > 0) {
           typename VectorOf<Real, kNarrowBytes>::Type low;
@@ -77,7 +91,7 @@ void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Rea
           narrow.add(i, low);
         }
       } else {
-        narrow.add(i, row[i][x] - typename VectorOf<Real, kNarrowBytes>::Type{});
+        narrow.add(i, narrow.broadcast(row[i] + x));
       }
     }
   }
@@ -85,14 +99,14 @@ void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Rea
   narrow.end(c + kWide, ldc, false);
 }
 
-template <typename Real, int Rows>
+template <typename Real, bool Pairs, int Rows>
 void outer_rows(int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
                 TileStore how) {
   const int vectors = width / kLanes<Real>;
   const auto run = [&]<int Vectors, int Narrow>() {
     if constexpr (Rows * (Vectors + Narrow) <= MOE_ACCUMULATORS && Vectors + Narrow <= MOE_TILE_VECTORS &&
                   Vectors + Narrow > 0) {
-      outer_tile<Real, Rows, Vectors, Narrow>(p, q, ldq, k, c, ldc, how);
+      outer_tile<Real, Pairs, Rows, Vectors, Narrow>(p, q, ldq, k, c, ldc, how);
     }
   };
   const auto run_vectors = [&]<int Narrow>() {
@@ -115,27 +129,27 @@ void outer_rows(int width, const Real* const* p, const Real* q, int64_t ldq, int
   run_vectors.template operator()<0>();
 }
 
-template <typename Real>
+template <typename Real, bool Pairs>
 void outer(int rows, int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
            TileStore how) {
   static_assert(kMaxTileRows == 8 && MOE_TILE_VECTORS <= kMaxTileVectors, "one case per number of rows and vectors");
   switch (rows) {
     case 1:
-      return outer_rows<Real, 1>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 1>(width, p, q, ldq, k, c, ldc, how);
     case 2:
-      return outer_rows<Real, 2>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 2>(width, p, q, ldq, k, c, ldc, how);
     case 3:
-      return outer_rows<Real, 3>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 3>(width, p, q, ldq, k, c, ldc, how);
     case 4:
-      return outer_rows<Real, 4>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 4>(width, p, q, ldq, k, c, ldc, how);
     case 5:
-      return outer_rows<Real, 5>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 5>(width, p, q, ldq, k, c, ldc, how);
     case 6:
-      return outer_rows<Real, 6>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 6>(width, p, q, ldq, k, c, ldc, how);
     case 7:
-      return outer_rows<Real, 7>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 7>(width, p, q, ldq, k, c, ldc, how);
     case 8:
-      return outer_rows<Real, 8>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 8>(width, p, q, ldq, k, c, ldc, how);
   }
 }
 

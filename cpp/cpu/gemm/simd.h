@@ -24,7 +24,7 @@ template <typename Real, int Bytes = MOE_VECTOR_BYTES>
 struct VectorOf {
   static constexpr int kLanes = Bytes / sizeof(Real);
   typedef Real Type __attribute__((vector_size(Bytes)));
-  typedef Real Unaligned __attribute__((vector_size(Bytes), aligned(alignof(Real)), may_alias));
+  typedef Real Unaligned __attribute__((vector_size(Bytes), aligned(2), may_alias));  // of pairs of 16 bits, too
 };
 template <typename Real>
 using Vec = typename VectorOf<Real>::Type;
@@ -92,6 +92,26 @@ inline void load_pairs(const BFloat16* p, Vec<float>& even, Vec<float>& odd) {
   even = reinterpret_cast<Vec<float>>(pairs << 16);
   odd = reinterpret_cast<Vec<float>>(pairs & 0xffff0000u);
 }
+
+// Pairs of BFloat16 in the place of numbers of 32 bits: sums + the products of the first elements + those of the
+// second.
+#if defined(__AVX512BF16__)
+inline constexpr bool kHasPairs = true;
+inline __m512 add_pairs(__m512 sums, __m512 a, __m512 b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
+inline __m256 add_pairs(__m256 sums, __m256 a, __m256 b) { return _mm256_dpbf16_ps(sums, (__m256bh)a, (__m256bh)b); }
+template <typename V>
+inline V broadcast_pair(const float* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, sizeof(pair));
+  if constexpr (sizeof(V) == 64) {
+    return reinterpret_cast<V>(_mm512_set1_epi32(pair));
+  } else {
+    return reinterpret_cast<V>(_mm256_set1_epi32(pair));
+  }
+}
+#else
+inline constexpr bool kHasPairs = false;
+#endif
 
 inline Vec<float> load(const BFloat16* p) { return reinterpret_cast<Vec<float>>(load_16_bits(p) << 16); }
 
