@@ -44,3 +44,12 @@ def test_no_file_is_too_long():
 def test_every_schema_is_in_one_file():
     defining = [path.name for path in SOURCES if path.suffix == ".cpp" and "m.def(" in path.read_text()]
     assert [name for name in defining if name != "module.cpp"] == ["library.cpp"]
+
+
+# What a CPU build of the kernels cannot parse, and what has a name in cuda/ptx: see its launch.cuh.
+@pytest.mark.parametrize("banned", [r"\basm\b", "<<<", r"\b__shared__\b"])
+def test_kernels_reach_the_device_through_ptx(banned):
+    kernels = [path for path in (ROOT / "cuda").glob("*") if path.suffix in {".cu", ".cuh", ".h"}]
+    assert kernels
+    code = {path.name: re.sub(r"//.*", "", path.read_text()) for path in kernels}
+    assert [name for name, text in code.items() if re.search(banned, text)] == []

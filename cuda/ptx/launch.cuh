@@ -16,7 +16,7 @@
 // The same with the attributes of a moe::cuda::ptx::Launch.
 #define LAUNCH_EX(kernel, launch, ...) ::moe::cuda::ptx::launch_kernel(kernel, launch, __VA_ARGS__)
 // True when the test-suite runs with this bug planted: `if (!MOE_BUG(plan, 3)) __syncthreads();`. See
-// tests/cuda/mutants.txt. Always false in a real build, where it costs nothing.
+// tests/cuda/mutants.py. Always false in a real build, where it costs nothing.
 #define MOE_BUG(stage, n) false
 
 namespace moe::cuda::ptx {
