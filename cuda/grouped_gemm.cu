@@ -17,10 +17,18 @@ struct Rule {
   Status (*wgrad)(const WgradTask& task, const CudaContext& cuda);
 };
 
-constexpr bool is_simt(DType dtype, bool) { return dtype == DType::kFloat64 || dtype == DType::kFloat32; }
+constexpr bool any(DType, bool) { return true; }
+constexpr bool is_half(DType dtype, bool) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+constexpr bool is_half_or_tf32(DType dtype, bool allow_tf32) {
+  return is_half(dtype, allow_tf32) || (dtype == DType::kFloat32 && allow_tf32);
+}
 
 constexpr Rule kRules[] = {
-    {"simt", 80, 999, is_simt, 1, gemm_simt, wgrad_simt},
+#if defined(MOE_CUDA_SM90) || defined(CUDA_ON_CPU)  // else it was not compiled
+    {"sm90_wgmma", 90, 90, is_half, 16, gemm_sm90, wgrad_sm90},
+#endif
+    {"sm80_mma", 80, 999, is_half_or_tf32, 1, gemm_sm80, wgrad_sm80},
+    {"simt", 80, 999, any, 1, gemm_simt, wgrad_simt},
 };
 
 // `alignment` is an or of addresses and bytes of rows: its trailing zeros are what they have in common.

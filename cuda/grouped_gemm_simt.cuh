@@ -4,7 +4,7 @@
 // registers into shared memory as [k][row] and [k][column], while the FMAs work on the block before.
 #pragma once
 
-#include "epilogue.cuh"
+#include "grouped_gemm_args.cuh"
 
 namespace moe::cuda::simt {
 
@@ -128,15 +128,6 @@ __device__ __forceinline__ void finish(const Tile<T, kRows>& tile, T* slab, cons
   }
 }
 
-template <typename T>
-struct GemmArgs {
-  EpilogueArgs<T> epilogue;
-  TileSchedule schedule;
-  RowMap gather;
-  const T *rows, *weight;
-  int64_t num_rows, num_experts, n, k, column_tiles;
-};
-
 template <typename T, int kRows, WeightLayout kLayout>
 __global__ void __launch_bounds__(kGemmThreads, 1) gemm_kernel(const __grid_constant__ GemmArgs<T> args) {
   SMEM_DYN(T, shared);
@@ -165,26 +156,15 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm_kernel(const __grid_cons
 }
 
 template <typename T>
-struct WgradArgs {
-  EpilogueArgs<T> epilogue;
-  TileSchedule schedule;
-  RowMap lhs_gather, rhs_gather;
-  const T *lhs, *rhs;
-  int64_t num_experts, m, n, row_tiles, column_tiles;
-};
-
-template <typename T>
 __global__ void __launch_bounds__(kGemmThreads, 1) wgrad_kernel(const __grid_constant__ WgradArgs<T> args) {
   SMEM_DYN(T, shared);
   constexpr int kRows = kMostTileRows<T>;
   using Shape = Tile<T, kRows>;
-  const int64_t tiles_of_expert = args.row_tiles * args.column_tiles;
-  for (int64_t work = blockIdx.x; work < args.num_experts * tiles_of_expert; work += gridDim.x) {
-    const int32_t expert = args.schedule.order[work / tiles_of_expert];
-    const int64_t row = work % tiles_of_expert / args.column_tiles * kRows, column_tile = work % args.column_tiles;
-    const int64_t begin = args.schedule.offsets[expert], depth = args.schedule.offsets[expert + 1] - begin;
+  for (int64_t work = blockIdx.x; work < args.most_tiles(); work += gridDim.x) {
+    const auto [expert, row, column_tile, begin, depth] = find_wgrad_tile(args, kRows, work);
     if (args.epilogue.accumulate && depth == 0) continue;
-    const auto read = [&](const T* matrix, const RowMap& gather, int64_t width, int64_t column, int64_t k) {
+    const auto read = [&, begin = begin, depth = depth](const T* matrix, const RowMap& gather, int64_t width,
+                                                        int64_t column, int64_t k) {
       if (column >= width || k >= depth) return T{0};
       const int64_t source = gather.source(begin + k);
       return source < 0 ? T{0} : matrix[source * width + column];
@@ -192,7 +172,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) wgrad_kernel(const __grid_con
     Tile<T, kRows> tile;
     multiply<false, false>(
         tile, shared, depth, [&](int i, int64_t k) { return read(args.lhs, args.lhs_gather, args.m, row + i, k); },
-        [&](int j, int64_t k) {
+        [&, column_tile = column_tile](int j, int64_t k) {
           return read(args.rhs, args.rhs_gather, args.n, column_tile * Shape::kColumns + j, k);
         });
     const int64_t left = args.m - row;
@@ -202,20 +182,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1) wgrad_kernel(const __grid_con
 
 template <typename T, int kRows, WeightLayout kLayout>
 Status launch_gemm(const GemmTask& task, const CudaContext& cuda) {
-  const EpilogueArgs<T> epilogue(task);
-  const GemmArgs<T> args{epilogue,
-                         task.schedule,
-                         RowMap(task.gather),
-                         static_cast<const T*>(task.rows),
-                         static_cast<const T*>(task.weight),
-                         task.num_rows,
-                         task.num_experts,
-                         task.n,
-                         task.k,
-                         epilogue.column_tiles(kTileColumns<T>)};
+  const GemmArgs<T> args(task, kTileColumns<T>);
   unsigned blocks = 0;
-  const int64_t tiles = most_row_tiles(task.schedule, task.num_rows, task.num_experts) * args.column_tiles;
-  if (const Status status = persistent_blocks(tiles, 2, cuda, blocks); status != Status::kOk) return status;
+  if (const Status status = persistent_blocks(args.most_tiles(), 2, cuda, blocks); status != Status::kOk) return status;
   LAUNCH((gemm_kernel<T, kRows, kLayout>), dim3(blocks), dim3(kGemmThreads), (Tile<T, kRows>::kBytes), stream(cuda),
          args);
   return launched("gemm_simt", cuda);
@@ -224,20 +193,9 @@ Status launch_gemm(const GemmTask& task, const CudaContext& cuda) {
 template <typename T>
 Status launch_wgrad(const WgradTask& task, const CudaContext& cuda) {
   constexpr int kRows = kMostTileRows<T>;
-  const WgradArgs<T> args{EpilogueArgs<T>(task),
-                          task.schedule,
-                          RowMap(task.lhs_gather),
-                          RowMap(task.rhs_gather),
-                          static_cast<const T*>(task.lhs),
-                          static_cast<const T*>(task.rhs),
-                          task.num_experts,
-                          task.m,
-                          task.n,
-                          ceil_div(task.m, kRows),
-                          ceil_div(task.n, kTileColumns<T>)};
+  const WgradArgs<T> args(task, kRows, kTileColumns<T>);
   unsigned blocks = 0;
-  const int64_t tiles = task.num_experts * args.row_tiles * args.column_tiles;
-  if (const Status status = persistent_blocks(tiles, 2, cuda, blocks); status != Status::kOk) return status;
+  if (const Status status = persistent_blocks(args.most_tiles(), 2, cuda, blocks); status != Status::kOk) return status;
   LAUNCH(wgrad_kernel<T>, dim3(blocks), dim3(kGemmThreads), (Tile<T, kRows>::kBytes), stream(cuda), args);
   return launched("wgrad_simt", cuda);
 }
