@@ -132,7 +132,7 @@ def samples():
         ],
         "ep_index": [((rows, randn(1), H, K, exchange.num_local_experts, 7), {})],
         "ep_dispatch": [((randn(T, H), randn(T, K), *alone, "0"), {"check": True})],
-        "ep_experts": [ep_experts(), ep_experts(recompute=True), ep_experts(save=False)],
+        "ep_experts": [ep_experts(), ep_experts(recompute=True, capacity=2 * T), ep_experts(save=False)],
         "ep_experts_backward": [ep_experts_backward()],
         "ep_reduce": [
             ((returned, randn(1), exchange.slot_to_row, exchange.physical_ids, H, exchange.num_local_experts), {}),

@@ -94,13 +94,15 @@ STABLE_TORCH_LIBRARY(moe, m) {
   // With the exchange, in Python: python/torch_moe/distributed/experts.py. The received rows are in flight.
   m.def(
       "ep_dispatch(Tensor hidden_states, Tensor topk_weights, Tensor physical_ids, Tensor rank_offsets, "
-      "Tensor row_to_slot, Tensor slot_to_row, Tensor counts, str group_name, *, str wire='input', bool check=False) "
+      "Tensor row_to_slot, Tensor slot_to_row, Tensor counts, str group_name, *, str wire='input', bool check=False, "
+      "int capacity=0) "
       "-> (Tensor received_counts, Tensor[] received)");
   m.def(
       "ep_experts(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, "
       "Tensor rank_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor physical_ids, Tensor received_counts, "
       "Tensor[] received, Tensor? gate_up_bias=None, Tensor? down_bias=None, *, str group_name, int num_local_experts, "
-      "str wire='input', str activation, str gate_layout, str weight_layout, float alpha, float? limit, "
+      "str wire='input', int capacity=0, str activation, str gate_layout, str weight_layout, float alpha, float? "
+      "limit, "
       "float up_offset, bool save=True, bool recompute=False) -> (Tensor output, Tensor[] saved)");
   m.def(
       "ep_experts_backward(Tensor grad_output, Tensor gate_up_proj, Tensor down_proj, Tensor rank_offsets, "

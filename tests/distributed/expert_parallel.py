@@ -257,6 +257,20 @@ def test_splits_that_disagree(rank, world_size):
     distributed.barrier()
 
 
+def test_capacity(rank, world_size):
+    """Enough for all, for none, or for some: the same bits, and how many exchanges that takes."""
+    tokens, grads, own = inputs(rank, world_size)
+    layer = make_layer()
+    expected = results(ExpertParallel(layer, distributed.group.WORLD), tokens[own], grads[own])
+    for capacity, sends in ((64, 1), (1, 2), (12, 2), (40, 1)):
+        parallel = ExpertParallel(layer, distributed.group.WORLD, num_chunks=1, capacity=capacity)
+        with counted_bytes(rank) as sent:
+            actual = results(parallel, tokens[own], grads[own])
+        assert len(sent) == 4 + sends, (capacity, sent)  # beside the counts, back, and both ways in the backward
+        for name, value in actual.items():
+            assert torch.equal(value, expected[name]), (capacity, name)
+
+
 def test_tuned_chunks(rank, world_size):
     parallel = ExpertParallel(make_layer(), distributed.group.WORLD)
     tokens, _, own = inputs(rank, world_size)

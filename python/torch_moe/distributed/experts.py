@@ -39,8 +39,13 @@ def _dispatch(
     *,
     wire: str = "input",
     check: bool = False,
+    capacity: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Start the exchange of all chunks; the rows are not there yet."""
+    """Start the exchange of all chunks; the rows are not there yet.
+
+    With a capacity, so many rows go to each rank per chunk, filled or not, before anybody knows how many there are.
+    Where one rank has more for another, all ranks send again, exactly.
+    """
     ranks, top_k = slot_to_row.shape[1], physical_ids.shape[1]
     num_chunks = (rank_offsets.shape[0] - 1) // ranks
     size = _row_bytes(hidden_states, top_k, wire)
@@ -56,9 +61,22 @@ def _dispatch(
         counts.shape[1] - 2 * num_chunks,
         wire=wire,
     )
+    early, too_many = [], None
+    if capacity > 0:
+        early = [
+            exchange.start(part, [capacity] * ranks, [capacity] * ranks, group_name)
+            for part in _padded(rows, rank_offsets, ranks, capacity)
+        ]
+        most = rank_offsets.diff().amax().view(1)
+        too_many = torch.ops._c10d_functional.all_reduce(most, "max", group_name)
     received_counts = exchange.wait(answer)
     known = exchange.Counts(rank_offsets, received_counts)
     known.check(size, top_k)
+    if too_many is not None:
+        if int(exchange.wait(too_many)) <= capacity:
+            return received_counts, early
+        for part in early:
+            exchange.wait(part)
     received = []
     for chunk in range(num_chunks):
         send, receive = known.send(chunk), known.receive(chunk)
@@ -66,6 +84,22 @@ def _dispatch(
             exchange.check_splits(send, receive, group_name, rows.device)
         received.append(exchange.start(rows[known.bounds(chunk)], send, receive, group_name))
     return received_counts, received
+
+
+def _padded(rows: Tensor, rank_offsets: Tensor, ranks: int, capacity: int) -> list[Tensor]:
+    """Return, per chunk, ``capacity`` rows for each rank: its own, and whatever follows them."""
+    if rows.shape[0] == 0:
+        rows = rows.new_zeros(1, rows.shape[1])
+    places = torch.arange(capacity, device=rows.device, dtype=rank_offsets.dtype)
+    index = (rank_offsets[:-1].unsqueeze(1) + places).clamp(max=rows.shape[0] - 1)
+    return [rows[part.flatten()] for part in torch.split(index, ranks)]
+
+
+def _arrived(rows: Tensor, receive: list[int], capacity: int) -> Tensor:
+    """Return the rows that hold something, of each rank's block of ``capacity``; exact rows as they are."""
+    if capacity == 0 or rows.shape[0] != len(receive) * capacity or max(receive) > capacity:
+        return rows
+    return torch.cat([block[:filled] for block, filled in zip(torch.split(rows, capacity), receive, strict=True)])
 
 
 def _row_bytes(hidden_states: Tensor, top_k: int, wire: str) -> int:
@@ -86,6 +120,7 @@ def _(
     *,
     wire: str = "input",
     check: bool = False,
+    capacity: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     check_rank("ep_dispatch", "hidden_states", hidden_states, 2)
     ranks = slot_to_row.shape[1]
@@ -115,6 +150,7 @@ def _experts(
     group_name: str,
     num_local_experts: int,
     wire: str = "input",
+    capacity: int = 0,
     save: bool = True,
     recompute: bool = False,
     **options: Options,
@@ -126,7 +162,7 @@ def _experts(
     returned, saved = [], []
     for chunk, rows in enumerate(received):
         index = torch.ops.moe.ep_index(
-            exchange.wait(rows),
+            _arrived(exchange.wait(rows), known.receive(chunk), capacity),
             hidden_states,
             hidden_size,
             top_k,
@@ -182,8 +218,8 @@ def _(
     check_rank("ep_experts", "hidden_states", hidden_states, 2)
     context = torch.library.get_ctx()
     saved = []
-    for rows in received if save else ():
-        pairs, num_rows = context.new_dynamic_size(), rows.shape[0]
+    for _ in received if save else ():
+        pairs, num_rows = context.new_dynamic_size(), context.new_dynamic_size()
         width = gate_up_proj.shape[1 if weight_layout == "out_in" else 2]
         saved += [
             hidden_states.new_empty((num_rows, hidden_states.shape[1])),
@@ -349,7 +385,9 @@ def _setup_context(
     ctx.num_chunks = len(received)
     ctx.save_for_backward(gate_up, down, gate_up_bias, down_bias, *maps, *output[1])
     ctx.options = {
-        name: value for name, value in keyword_only_inputs.items() if name not in ("wire", "save", "recompute")
+        name: value
+        for name, value in keyword_only_inputs.items()
+        if name not in ("wire", "capacity", "save", "recompute")
     }
 
 
