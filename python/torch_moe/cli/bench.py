@@ -13,7 +13,7 @@ import torch
 
 import torch_moe
 from torch_moe import _C
-from torch_moe.cli import host, machine, plot, report
+from torch_moe.cli import expert_parallel, host, machine, plot, report
 from torch_moe.cli.display import Display
 from torch_moe.cli.errors import UsageError
 from torch_moe.cli.floor import spin
@@ -34,6 +34,10 @@ def run(options: argparse.Namespace) -> int:
         If a candidate differs from the reference.
     """
     shape, scaled = _shapes(options)
+    if options.ep:
+        if options.plot is not None or scaled or options.transformers:
+            raise UsageError("--ep goes with neither --plot nor --transformers nor a table over --experts")
+        return expert_parallel.run(options, shape)
     if options.plot is not None and options.plot.suffix.lower() != ".png":
         raise UsageError(f"--plot draws a PNG: name a file that ends in .png, got {str(options.plot)!r}")
     if options.transformers and (options.plot is not None or scaled or options.routing != "text"):

@@ -53,6 +53,13 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         help="time a Mixtral of two such layers in Hugging Face transformers, on torch-moe and on its own "
         "implementations, instead of a lone layer",
     )
+    parser.add_argument(
+        "--ep",
+        action="store_true",
+        help="expert parallelism: time the layer over the ranks that torchrun started, with drawn routing",
+    )
+    parser.add_argument("--ranks", type=_positive, help="with --ep: count the traffic of so many ranks, send nothing")
+    parser.add_argument("--chunks", type=_positive, default=1, help="with --ep: parts of an exchange (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, text and routing (default: 0)")
     parser.add_argument("--rounds", type=_positive, help="samples per candidate (default: as --budget allows, 3 to 25)")
     parser.add_argument(
