@@ -120,13 +120,9 @@ __device__ __forceinline__ void zero_rows_outside(const GemmArgs<T>& args) {
   zero_rows(args.pre_activation, pre_columns * sizeof(T), last, args.num_rows);
 }
 
-template <Epilogue kEpilogue>
-using TileOf = std::conditional_t<kEpilogue == Epilogue::kActivationBackward, NarrowTile, WideTile>;
-
-template <typename T, Epilogue kEpilogue>
+template <typename T, Epilogue kEpilogue, typename Tile>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_sm90_kernel(const __grid_constant__ GemmMaps maps, const __grid_constant__ GemmArgs<T> args) {
-  using Tile = TileOf<kEpilogue>;
   SMEM_DYN(Shared<Tile>, shared);
   initialise(*shared, Filler<Tile>::arrivals(args.gather.row_to_slot != nullptr));
   if (threadIdx.x < kGroupThreads) {
@@ -164,9 +160,8 @@ Status encode_maps(const GemmTask& task, const GemmArgs<T>& args, int64_t column
   return status;
 }
 
-template <typename T, Epilogue kEpilogue>
-Status run(const GemmTask& task, const CudaContext& cuda) {
-  using Tile = TileOf<kEpilogue>;
+template <typename T, Epilogue kEpilogue, typename Tile>
+Status run(const GemmTask& task, int sms, const CudaContext& cuda) {
   constexpr const char* kName = "gemm_sm90";
   constexpr bool kBackward = kEpilogue == Epilogue::kActivationBackward;
   const Gate<T> gate(task.activation);
@@ -191,14 +186,31 @@ Status run(const GemmTask& task, const CudaContext& cuda) {
   };
   GemmMaps maps{};
   if (const Status status = encode_maps(task, args, Tile::kColumns, &maps, cuda); status != Status::kOk) return status;
-  int sms = 0;
-  if (const Status status = device_attribute(sms, cudaDevAttrMultiProcessorCount, cuda); status != Status::kOk)
-    return status;
-  const auto kernel = gemm_sm90_kernel<T, kEpilogue>;
+  const auto kernel = gemm_sm90_kernel<T, kEpilogue, Tile>;
   constexpr int64_t kBytes = sizeof(Shared<Tile>);
   if (const Status status = allow_shared_memory(kernel, kBytes, kName, cuda); status != Status::kOk) return status;
   LAUNCH(kernel, dim3(sms), dim3(kThreads), kBytes, stream(cuda), maps, args);
   return launched(kName, cuda);
+}
+
+// Wide tiles, unless they are so few that SMs would have none: then the narrow ones read the weights with more SMs.
+// From sizes alone, so that the choice needs nothing from the device and never changes from call to call.
+template <typename T, Epilogue kEpilogue>
+Status run_tiles(const GemmTask& task, const CudaContext& cuda) {
+  int sms = 0;
+  const Status status = device_attribute(sms, cudaDevAttrMultiProcessorCount, cuda);
+  if (status != Status::kOk) return status;
+  const int64_t most = task.num_experts + task.num_rows / task.schedule.tile_rows;
+  const int64_t row_tiles = task.num_rows < most ? task.num_rows : most;
+  if (row_tiles * ceil_div(task.n, WideTile::kColumns) >= sms) return run<T, kEpilogue, WideTile>(task, sms, cuda);
+  return run<T, kEpilogue, NarrowTile>(task, sms, cuda);
+}
+
+template <typename T>
+Status run_backward(const GemmTask& task, const CudaContext& cuda) {
+  int sms = 0;
+  const Status status = device_attribute(sms, cudaDevAttrMultiProcessorCount, cuda);
+  return status == Status::kOk ? run<T, Epilogue::kActivationBackward, NarrowTile>(task, sms, cuda) : status;
 }
 
 }  // namespace
@@ -206,14 +218,15 @@ Status run(const GemmTask& task, const CudaContext& cuda) {
 
 Status gemm_sm90(const GemmTask& task, const CudaContext& cuda) {
   if (task.num_rows == 0 || task.n == 0) return Status::kOk;
+  if (task.k == 0) return gemm_sm80(task, cuda);  // TMA has no empty tensors
   const auto with = [&]<typename T>(std::type_identity<T>) {
     switch (task.epilogue) {
       case Epilogue::kActivation:
-        return sm90::run<T, Epilogue::kActivation>(task, cuda);
+        return sm90::run_tiles<T, Epilogue::kActivation>(task, cuda);
       case Epilogue::kActivationBackward:
-        return sm90::run<T, Epilogue::kActivationBackward>(task, cuda);
+        return sm90::run_backward<T>(task, cuda);
       default:
-        return sm90::run<T, Epilogue::kStore>(task, cuda);
+        return sm90::run_tiles<T, Epilogue::kStore>(task, cuda);
     }
   };
   return task.dtype == DType::kFloat16 ? with(std::type_identity<__half>{}) : with(std::type_identity<__nv_bfloat16>{});

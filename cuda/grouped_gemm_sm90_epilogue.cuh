@@ -136,7 +136,7 @@ __device__ __forceinline__ void store_activations(const float (&sums)[Tile::kSum
     });
   };
   store(std::integral_constant<int, 0>{});
-  store(std::integral_constant<int, 1>{});
+  if constexpr (Tile::kColumns == 256) store(std::integral_constant<int, 1>{});
 }
 
 }  // namespace moe::cuda::sm90

@@ -34,7 +34,8 @@ struct TileShape {
 
 // The GEMMs that only store, and the forward with its activation: compute-bound, so the widest tile.
 using WideTile = TileShape<256, 4, 2>;
-// The backward through the activation: its pre-activations and gradients need twelve slabs, so half the columns.
+// The backward through the activation: its pre-activations and gradients need twelve slabs, so half the columns. Also
+// for products of so few tiles that wide ones would leave SMs idle.
 using NarrowTile = TileShape<128, 4, 6>;
 
 template <typename Tile>

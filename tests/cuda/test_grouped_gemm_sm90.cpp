@@ -331,6 +331,7 @@ TEST(store) {
 
 TEST(store_gathered) {
   run_both({.name = "ragged", .rows = {100, 0, 30, 1}, .n = 264, .k = 136, .gather = true, .bias = true});
+  run_both({.name = "few tiles", .rows = {30, 1}, .n = 136, .k = 200, .layout = kInOut, .gather = true, .bias = true});
   run<__nv_bfloat16>({.name = "many steps", .rows = {20, 129}, .n = 80, .k = 600, .layout = kInOut, .gather = true});
 }
 
@@ -348,6 +349,14 @@ TEST(activation) {
             .n = 2 * 136,
             .k = 72,
             .layout = kInOut,
+            .bias = true,
+            .epilogue = Epilogue::kActivation,
+            .activation = kGptOss});
+  run_both({.name = "interleaved, few tiles",
+            .rows = {66},
+            .n = 2 * 136,
+            .k = 72,
+            .gather = true,
             .bias = true,
             .epilogue = Epilogue::kActivation,
             .activation = kGptOss});
