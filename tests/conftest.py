@@ -24,11 +24,33 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)  # the workers share the cores; the tests of threads set their own number
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --device cuda, leave out the tests that use no device, and all but one of the CPU's instruction sets."""
+    if config.getoption("--device") == "cpu":
+        return
+    kept = [item for item in items if "device" in item.fixturenames and _isa(item) in (None, _C.available_isas()[0])]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def _isa(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("isa")
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     device = torch.device(request.config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("--device cuda, but torch sees no CUDA device")
+    return device
+
+
+@pytest.fixture
+def gpu(device: torch.device) -> torch.device:
+    """For what only a GPU has: streams, graphs, a host that runs ahead."""
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: pytest --device cuda")
     return device
 
 

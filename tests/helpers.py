@@ -28,6 +28,10 @@ def make_plan(shape: Shape, routing_name: str = "uniform", device: torch.device 
     return ops.plan(ids.to(device), shape.num_experts)
 
 
+def plan_to(plan: ops.Plan, device: torch.device | str) -> ops.Plan:
+    return ops.Plan(*(tensor.to(device) for tensor in plan))
+
+
 def expert_inputs(
     shape: Shape,
     dtype: torch.dtype,

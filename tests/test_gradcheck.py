@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import expert_inputs, randn
+from helpers import expert_inputs, plan_to, randn
 from torch.autograd import gradcheck
 
 import torch_moe
@@ -18,12 +18,14 @@ PLAN = ops.plan(IDS, SHAPE.num_experts)
 LIMITED = ops.plan(IDS, SHAPE.num_experts, capacity=2)
 
 
-def leaf(*size, seed=0):
-    return randn(*size, dtype=torch.float64, seed=seed).requires_grad_()
+@pytest.fixture
+def leaf(device):
+    return lambda *size, seed=0: randn(*size, dtype=torch.float64, device=device, seed=seed).requires_grad_()
 
 
 @pytest.mark.parametrize("plan", [PLAN, LIMITED], ids=["dropless", "capacity"])
-def test_permute_and_combine(plan):
+def test_permute_and_combine(plan, leaf, device):
+    plan = plan_to(plan, device)
     assert gradcheck(lambda x: ops.permute(x, plan), leaf(5, 3))
     assert gradcheck(lambda x, w: ops.combine(x, w, plan), (leaf(10, 3), leaf(5, 2, seed=1)))
     assert gradcheck(lambda x: ops.combine(x, None, plan), leaf(10, 3))
@@ -38,9 +40,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
-def test_route(options):
-    bias = randn(8, dtype=torch.float64, seed=1)
-    ids = torch.randint(0, 9, (5, 3), dtype=torch.int32)  # 8 is out of range: it has no weight
+def test_route(options, leaf, device):
+    bias = randn(8, dtype=torch.float64, device=device, seed=1)
+    ids = torch.randint(0, 9, (5, 3), dtype=torch.int32, device=device)  # 8 is out of range: it has no weight
     for extra in (
         {},
         {"expert_bias": bias, "num_groups": 4, "topk_groups": 2, "routed_scaling_factor": 2.5},
@@ -52,20 +54,21 @@ def test_route(options):
 
 
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS + UNGATED_ACTIVATIONS)
-def test_activation(activation):
+def test_activation(activation, leaf):
     for layout in ("concat", "interleaved"):
         assert gradcheck(lambda x: ops.activation(x, activation, gate_layout=layout), leaf(4, 6))  # noqa: B023
 
 
-def test_clamped_swiglu():
+def test_clamped_swiglu(leaf):
     assert gradcheck(lambda x: ops.activation(x, alpha=1.702, limit=0.7, up_offset=1.0), leaf(4, 6))
 
 
 @pytest.mark.parametrize("weight_layout", ["out_in", "in_out"])
-def test_grouped_gemm(weight_layout):
+def test_grouped_gemm(weight_layout, leaf, device):
+    offsets = PLAN.expert_offsets.to(device)
     weight = leaf(4, 6, 3, seed=1) if weight_layout == "out_in" else leaf(4, 3, 6, seed=1)
     assert gradcheck(
-        lambda x, w, b: ops.grouped_gemm(x, w, PLAN.expert_offsets, b, weight_layout),
+        lambda x, w, b: ops.grouped_gemm(x, w, offsets, b, weight_layout),
         (leaf(10, 3), weight, leaf(4, 6, seed=2)),
     )
 
@@ -73,13 +76,13 @@ def test_grouped_gemm(weight_layout):
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
 @pytest.mark.parametrize("weight_layout", ["out_in", "in_out"])
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu_tanh"])
-def test_experts(activation, weight_layout, recompute):
+def test_experts(activation, weight_layout, recompute, device):
     inputs = expert_inputs(
-        SHAPE, torch.float64, "cpu", gated=is_gated(activation), bias=True, weight_layout=weight_layout
+        SHAPE, torch.float64, device, gated=is_gated(activation), bias=True, weight_layout=weight_layout
     )
     hidden, gate_up, down, weights, *biases = (tensor.requires_grad_() for tensor in inputs.values())
     shaping = {"alpha": 1.5, "limit": 2.0, "up_offset": 0.5} if activation == "swiglu" else {}
-    for plan in (PLAN, LIMITED):
+    for plan in (plan_to(PLAN, device), plan_to(LIMITED, device)):
         assert gradcheck(
             lambda x, w1, w2, s, b1, b2: ops.experts(
                 x, w1, w2, s, plan, b1, b2,  # noqa: B023
@@ -98,9 +101,9 @@ def test_experts(activation, weight_layout, recompute):
     ],
     ids=["plain", "deepseek", "capacity"],
 )
-def test_layer(options):
+def test_layer(options, leaf, device):
     torch.manual_seed(0)
-    layer = torch_moe.MoE(3, 4, 4, 2, dtype=torch.float64, **options)
+    layer = torch_moe.MoE(3, 4, 4, 2, dtype=torch.float64, device=device, **options)
     names, parameters = zip(*layer.named_parameters(), strict=True)
 
     def forward(x, *values):
