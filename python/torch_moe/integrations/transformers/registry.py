@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
+from torch_moe import _C
 from torch_moe.integrations.transformers.forward import experts_forward
 from torch_moe.integrations.transformers.fp8 import fp8_experts_forward
 from torch_moe.integrations.transformers.gate import Host
@@ -81,8 +81,7 @@ def _interfaces() -> tuple[Host, Host]:
 
 
 def _where_there_are_kernels(ours: ExpertsForward, stock: ExpertsForward) -> ExpertsForward:
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    devices = ("meta", *(d for d in ("cpu", "cuda") if has_kernel("moe::experts", d.upper())))
+    devices = ("meta", "cpu", "cuda") if _C.build_info()["cuda"] else ("meta", "cpu")
 
     def forward(self: Host, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         implementation = ours if hidden_states.device.type in devices else stock
