@@ -102,7 +102,7 @@ template <typename T, int kCount>
 __global__ void __launch_bounds__(Tiling::kThreads)
     combine_backward_rest_kernel(T* grad_rows, const T* grad_output, const Wide<T>* topk_weights, PlanView plan,
                                  int64_t width) {
-  for_tiles(num_rows(plan), width / kCount, 1, [&](int64_t row, int64_t piece) {
+  for_tiles(plan.num_rows, width / kCount, 1, [&](int64_t row, int64_t piece) {
     const int64_t slot = slot_of(plan, row);
     if (slot >= 0 && plan.slot_to_row[slot] == row) return;
     Wide<T> grad[kCount] = {};
@@ -126,9 +126,9 @@ Status combine_backward(const CombineBackwardArgs& args, const CudaContext& cuda
          dim3(32 * kWarpsPerBlock), 0, stream(cuda), grad_rows, static_cast<Wide<T>*>(args.grad_topk_weights),
          grad_output, static_cast<const T*>(args.rows), weights, args.plan, width);
   const Status status = launched("combine_backward", cuda);
-  if (status != Status::kOk || width == 0) return status;
+  if (status != Status::kOk || width == 0 || args.plan.num_rows == 0) return status;
   // A thread of this kernel mostly finds nothing to do: one block's width per row costs the least.
-  Tiling tiling(num_rows(args.plan), width / kCount);
+  Tiling tiling(args.plan.num_rows, width / kCount);
   tiling.grid.y = 1;
   LAUNCH((combine_backward_rest_kernel<T, kCount>), tiling.grid, tiling.block, 0, stream(cuda), grad_rows, grad_output,
          weights, args.plan, width);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) grad_weights_kernel(GradW
   using Real = Wide<T>;
   const int lane = threadIdx.x % 32;
   const int64_t slot = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / 32;
-  if (slot >= num_rows(task.plan)) return;
+  if (slot >= num_slots(task.plan)) return;
   const int64_t row = row_of(task.plan, slot);
   const int64_t expert = row < 0 ? -1 : expert_of_row(task.schedule.offsets, task.plan.num_experts, row);
   Real sum = 0;
@@ -174,9 +174,9 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) grad_weights_kernel(GradW
 }  // namespace
 
 Status reduce_grad_weights(const GradWeightsTask& task, const CudaContext& cuda) {
-  if (num_rows(task.plan) == 0) return Status::kOk;
+  if (num_slots(task.plan) == 0) return Status::kOk;
   return with_type(task.dtype, [&]<typename T>(std::type_identity<T>) {
-    LAUNCH(grad_weights_kernel<T>, dim3(static_cast<unsigned>(ceil_div(num_rows(task.plan), kWarpsPerBlock))),
+    LAUNCH(grad_weights_kernel<T>, dim3(static_cast<unsigned>(ceil_div(num_slots(task.plan), kWarpsPerBlock))),
            dim3(32 * kWarpsPerBlock), 0, stream(cuda), task);
     return launched("grad_weights", cuda);
   });
@@ -202,7 +202,7 @@ Status combine_cuda(const CombineArgs& args, const CudaContext& cuda) {
 }
 
 Status combine_backward_cuda(const CombineBackwardArgs& args, const CudaContext& cuda) {
-  if (num_rows(args.plan) == 0) return Status::kOk;
+  if (num_slots(args.plan) == 0) return Status::kOk;
   return with_type(args.dtype, [&]<typename T>(std::type_identity<T>) {
     const bool whole =
         fits_pieces(args.hidden_size * static_cast<int64_t>(sizeof(T)), args.grad_rows, args.grad_output, args.rows);

@@ -13,7 +13,8 @@ struct DevicePlan {
   explicit DevicePlan(const Plan& plan)
       : expert_offsets(plan.expert_offsets), row_to_slot(plan.row_to_slot), slot_to_row(plan.slot_to_row) {}
   PlanView view(const Problem& p) const {
-    return {expert_offsets.data(), row_to_slot.data(), slot_to_row.data(), p.num_tokens, p.num_experts, p.top_k};
+    return {expert_offsets.data(), row_to_slot.data(), slot_to_row.data(), p.num_tokens, p.num_experts, p.top_k,
+            p.num_rows()};
   }
   DeviceArray<int32_t> expert_offsets, row_to_slot, slot_to_row;
 };
