@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
     for (int32_t size = 2; size <= num_keys; size *= 2) {
       for (int32_t stride = size / 2; stride > 0; stride /= 2) {
-        if (!MOE_BUG(schedule, 1)) __syncthreads();
+        if (!MOE_BUG(grouped_gemm, 21)) __syncthreads();
         for (int32_t i = thread; i < num_keys / 2; i += threads) {
           const int32_t low = 2 * i - i % stride, high = low + stride;
           const bool ascending = (low & size) == 0;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     __syncthreads();
     for (int32_t i = thread; i < num_experts; i += threads) order[i] = static_cast<int32_t>(keys[i] & 0xffffffffu);
   }
-  if (!MOE_BUG(schedule, 2)) __syncthreads();  // `order` is written by others
+  if (!MOE_BUG(grouped_gemm, 22)) __syncthreads();  // `order` is written by others
 
   const auto tiles_of = [&](int32_t i) { return (rows_of(order[i]) + tile_rows - 1) / tile_rows; };
   const int32_t last = min(end, num_experts);
