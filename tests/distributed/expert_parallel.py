@@ -112,7 +112,7 @@ def test_same_bits_for_chunks_threads_and_runs(rank, world_size):
         for chunks, threads in ((1, 1), (1, 2), (2, 1), (5, 2), (5, 1)):
             torch.set_num_threads(threads)
             layer = make_layer(dtype, bias=True, num_shared_experts=1)
-            tokens, grads, own = inputs(rank, world_size, dtype, [16 * count for count in TOKENS])
+            tokens, grads, own = inputs(rank, world_size, dtype, [2 * count for count in TOKENS])
             parallel = ExpertParallel(layer, distributed.group.WORLD, num_chunks=chunks)
             actual = results(parallel, tokens[own], grads[own])
             expected = expected or actual
