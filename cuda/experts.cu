@@ -23,7 +23,7 @@ constexpr WeightLayout transposed(WeightLayout layout) {
 struct Layer {
   const ExpertsLayer& args;
   const CudaContext& cuda;
-  int64_t rows = args.plan.num_tokens * args.plan.top_k, experts = args.plan.num_experts;
+  int64_t rows = args.plan.num_rows, experts = args.plan.num_experts;
   int64_t hidden = args.hidden_size, intermediate = args.intermediate_size;
   int64_t width = pre_activation_size(args.activation.activation, intermediate);
   TileSchedule schedule{};
@@ -37,7 +37,7 @@ struct Layer {
     scratch = cuda::allocate<char>(rows * columns * static_cast<int64_t>(element_bytes), cuda);
     return scratch == nullptr ? Status::kOutOfMemory : Status::kOk;
   }
-  Gather by_token() const { return {args.plan.row_to_slot, rows, args.plan.top_k}; }
+  Gather by_token() const { return {args.plan.row_to_slot, args.plan.num_tokens * args.plan.top_k, args.plan.top_k}; }
 
   GemmTask gemm_task(const void* weight, WeightLayout layout, int64_t n, int64_t k) const {
     GemmTask task{};
