@@ -34,7 +34,10 @@ struct Shape {
 
 // Rows of a tile are 64 up to 64 rows per expert, else 128; columns 64 or 128; blocks of k 16 or 32.
 std::vector<Shape> shapes() {
+  std::vector<int32_t> many_experts(1501);  // more than the threads that sort them
+  for (size_t e = 0; e < many_experts.size(); ++e) many_experts[e] = static_cast<int32_t>(e / 7);
   return {
+      {"many_experts", many_experts, 214, 3, 2},
       {"ragged", {0, 3, 3, 70, 71, 130}, 130, 130, 40},
       {"tall", {0, 131, 133, 300}, 300, 72, 64},
       {"single_row", {0, 0, 1, 1}, 1, 16, 8},
