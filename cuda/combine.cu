@@ -49,7 +49,7 @@ constexpr int kWarpsPerBlock = 8;
 // dot products. A row counts as a token's only if row_to_slot says so too, so every row is written by one warp, here or
 // in the next kernel, even for maps that are no inverses.
 template <typename T, int kCount>
-__global__ void __launch_bounds__(32 * kWarpsPerBlock)
+__global__ void __launch_bounds__(32 * kWarpsPerBlock, 2)
     combine_backward_kernel(T* grad_rows, Wide<T>* grad_topk_weights, const T* grad_output, const T* rows,
                             const Wide<T>* topk_weights, PlanView plan, int64_t width) {
   using Real = Wide<T>;
