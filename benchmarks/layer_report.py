@@ -96,7 +96,7 @@ def records(rows: Sequence[Row], claims: Sequence[Claim], environment: dict[str,
             "gflops": round(row.work.flops / timing.median / 1e9, 2),
             "floor_gflops": round(row.machine.gflops, 1),
             "floor_read_gbytes": round(row.machine.read_gbytes, 2),
-            "percent_of_floor": round(row.percent_of_floor, 2),
+            "percent_of_floor": round(row.percent_of_floor, 4),
         }
         if _place(row) in dense:
             line["ratio_to_k_dense"] = round(timing.median / dense[_place(row)], 4)

@@ -94,7 +94,8 @@ def test_a_token_without_any_expert_is_zero(device):
     output = make(device, capacity_factor=0.3)(x)
     kept = math.ceil(0.3 * T * K / E)
     assert (output[kept:] == 0).all()
-    assert torch.equal(output[:kept], make(device)(x)[:kept])
+    # Within the tolerance: an expert with fewer rows may take another kernel.
+    assert_close(output[:kept], make(device)(x)[:kept].double(), H, E, H, 1, I, K)
 
 
 @pytest.mark.parametrize(
