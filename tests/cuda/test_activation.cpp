@@ -56,7 +56,7 @@ TEST(activation_of_every_kind) {
 
 TEST(activation_of_edge_shapes) {
   const ActivationOptions o{Activation::kSwiGLU, GateLayout::kConcat, 1, INFINITY, 0};
-  for (const auto [rows, width] : {std::pair<int64_t, int64_t>{0, 8}, {4, 0}, {1, 1}, {700, 8}, {2, 5000}}) {
+  for (const auto& [rows, width] : {std::pair<int64_t, int64_t>{0, 8}, {4, 0}, {1, 1}, {700, 8}, {2, 5000}}) {
     check_activation<BFloat16>(o, rows, width, 0);
   }
 }

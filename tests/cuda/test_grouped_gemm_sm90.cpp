@@ -271,8 +271,10 @@ struct WgradCase {
 template <typename T>
 void run_wgrad(const WgradCase& c) {
   const Context word(std::string(c.name) + (std::is_same_v<T, __half> ? " fp16" : " bf16"));
-  const Case lhs_case{.rows = c.rows, .gather = c.gather_lhs, .rows_outside = c.rows_outside};
-  const Case rhs_case{.rows = c.rows, .gather = c.gather_rhs, .rows_outside = c.rows_outside};
+  const Case lhs_case{
+      .name = c.name, .rows = c.rows, .n = c.n, .k = c.m, .gather = c.gather_lhs, .rows_outside = c.rows_outside};
+  const Case rhs_case{
+      .name = c.name, .rows = c.rows, .n = c.n, .k = c.m, .gather = c.gather_rhs, .rows_outside = c.rows_outside};
   const Rows rows(lhs_case);
   const int64_t e = static_cast<int64_t>(c.rows.size()), r = rows.total;
   auto lhs = normal<T>((c.gather_lhs ? rows.tokens : r) * c.m, 1, 1);
