@@ -4,6 +4,7 @@
 set(MOE_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (when there is an nvcc), ON or OFF")
 set_property(CACHE MOE_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(moe_oldest_nvcc 12.4)
+set(moe_oldest_cmake 3.27)  # 3.25 does not know that nvcc has C++20
 
 # Sets ${enabled} if CUDA is wanted and possible. An AUTO that finds no usable compiler says why and goes on.
 macro(moe_find_cuda enabled)
@@ -11,7 +12,9 @@ macro(moe_find_cuda enabled)
   if(MOE_CUDA STREQUAL "AUTO" OR MOE_CUDA)
     include(CheckLanguage)
     check_language(CUDA)
-    if(CMAKE_CUDA_COMPILER)
+    if(CMAKE_VERSION VERSION_LESS moe_oldest_cmake)
+      set(moe_cuda_missing "CMake ${CMAKE_VERSION} is older than ${moe_oldest_cmake}")
+    elseif(CMAKE_CUDA_COMPILER)
       # 80 is also kept as PTX, which the driver compiles for GPUs that are newer than this nvcc. Not compiled for 90:
       # wgmma and setmaxnreg exist in 90a alone.
       if(NOT CMAKE_CUDA_ARCHITECTURES)
@@ -37,7 +40,7 @@ endmacro()
 function(moe_add_cuda_kernels target)
   find_package(CUDAToolkit REQUIRED)
   file(GLOB sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/cuda/*.cu")
-  # Files of one architecture are in a library of their own, because CUDA_ARCHITECTURES is a property of targets.
+  # Files of one architecture are in an object library of their own, because CUDA_ARCHITECTURES is a property of targets.
   set(hopper_sources ${sources})
   list(FILTER sources EXCLUDE REGEX "_sm90[^/]*$")
   list(FILTER hopper_sources INCLUDE REGEX "_sm90[^/]*$")
@@ -46,10 +49,10 @@ function(moe_add_cuda_kernels target)
   set(hopper ${CMAKE_CUDA_ARCHITECTURES})
   list(FILTER hopper INCLUDE REGEX "^90a")
   if(hopper_sources AND hopper)
-    add_library(moe_cuda_sm90 STATIC ${hopper_sources})
+    add_library(moe_cuda_sm90 OBJECT ${hopper_sources})
     set_target_properties(moe_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES "${hopper}")
     target_compile_definitions(moe_cuda PRIVATE MOE_CUDA_SM90)
-    target_link_libraries(moe_cuda PRIVATE moe_cuda_sm90)
+    target_sources(moe_cuda PRIVATE $<TARGET_OBJECTS:moe_cuda_sm90>)
     list(APPEND libraries moe_cuda_sm90)
   endif()
   foreach(library IN LISTS libraries)
@@ -68,5 +71,5 @@ function(moe_add_cuda_kernels target)
   string(REPLACE ";" " " architectures "${CMAKE_CUDA_ARCHITECTURES}")
   target_compile_definitions(${target} PRIVATE MOE_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}"
                                                MOE_CUDA_ARCHITECTURES="${architectures}")
-  target_link_libraries(${target} PRIVATE ${libraries} CUDA::cudart_static)
+  target_link_libraries(${target} PRIVATE moe_cuda CUDA::cudart_static)
 endfunction()

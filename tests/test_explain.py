@@ -104,6 +104,6 @@ def test_names_each_gpu_with_its_kernels(monkeypatch):
 @pytest.mark.parametrize("architecture", [80, 90, 120])
 @pytest.mark.parametrize("n", [1024, 1023])
 def test_some_kernel_takes_every_gpu_since_ampere(architecture, n):
-    for dtype in ("float32", "float64"):
+    for dtype in ("float32", "float64", "bfloat16", "float16"):
         assert _C.cuda_kernel(architecture, dtype, n, n)
     assert not _C.cuda_kernel(75, "float32", n, n)

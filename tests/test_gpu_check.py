@@ -20,7 +20,7 @@ LAYER = "layer (32768, 4096, 1024, 128, 8) uniform forward"
 
 
 def test_without_a_gpu_every_part_that_needs_one_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(gpu_check, "gpu_name", lambda: "")
+    monkeypatch.setattr(gpu_check, "ask_driver", lambda what: "")
     assert gpu_check.main(["--only", "bench,tests,kernels,sanitizer"]) == 0
     printed = capsys.readouterr().out
     assert "GPU: none: what needs one is skipped" in printed
@@ -78,10 +78,18 @@ def test_parts_leave_time_for_those_after_them(monkeypatch):
             gpu_parts.PARTS, part, lambda told, part=part: limits.update({part: told.limit(part)}) or Outcome("passed")
         )
     gpu_check.check(tuple(gpu_parts.PARTS), quick=False, budget=300.0, gpu="a GPU")
-    assert limits["build"] == pytest.approx(300 - 40 - 80 - 20 - 120, abs=1)
+    assert limits["build"] == pytest.approx(300 - 60 - 80 - 20 - 120, abs=1)
     assert limits["bench"] == pytest.approx(300, abs=1)
     gpu_check.check(("bench",), quick=False, budget=100.0, gpu="a GPU")
     assert limits["bench"] == pytest.approx(100, abs=1)
+
+
+def test_only_the_architecture_of_the_gpu_is_compiled():
+    assert [gpu_check.architectures(text) for text in ("9.0", "8.6", "12.0", "", "[N/A]")] == [
+        "90a-real", "80", "80", "", "",
+    ]  # fmt: skip
+    told = gpu_parts.Check(quick=False, limit=lambda part: 1.0, gpu="a GPU", architectures="90a-real")
+    assert gpu_parts.architectures(told) == ["-DCMAKE_CUDA_ARCHITECTURES=90a-real"]
 
 
 def bench(path, *arguments):
