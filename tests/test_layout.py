@@ -11,9 +11,9 @@ STAGES += ("ep_plan", "ep_pack", "ep_index", "ep_reduce")
 FOLDERS = ("cpp/include/moe/{}.h", "cpp/cpu/{}.cpp", "python/torch_moe/ops/{}.py", "tests/test_{}.py")
 SOURCES = [
     path
-    for folder in ("cpp", "python", "tests")
+    for folder in ("cpp", "cuda", "python", "tests", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*"))
-    if path.suffix in {".h", ".cpp", ".inc", ".py", ".pyi"}
+    if path.suffix in {".h", ".cuh", ".cpp", ".cu", ".inc", ".py", ".pyi"}
 ]
 
 
