@@ -1,8 +1,9 @@
 // combine: gather and sum, in fixed order of k. Each token is written once and each row read once, which is all the
 // traffic there must be; kInFlight rows are loaded before the first is added.
-#include "moe/combine.h"
+#include "combine.cuh"
 
 #include "grouped_gemm.cuh"
+#include "moe/combine.h"
 #include "plan_view.cuh"
 
 namespace moe::cuda {
@@ -12,7 +13,8 @@ constexpr int kInFlight = 4;
 
 template <typename T, int kCount>
 __global__ void __launch_bounds__(Tiling::kThreads)
-    combine_kernel(T* output, const T* rows, const Wide<T>* topk_weights, PlanView plan, int64_t width) {
+    combine_kernel(T* output, const T* rows, const Wide<T>* topk_weights, PlanView plan, int64_t width,
+                   int64_t stride) {
   using Real = Wide<T>;
   const int top_k = static_cast<int>(plan.top_k);
   for_tiles(plan.num_tokens, width / kCount, 1, [&](int64_t token, int64_t piece) {
@@ -28,7 +30,7 @@ __global__ void __launch_bounds__(Tiling::kThreads)
         const int64_t row = first + i < top_k ? row_of(plan, slot) : -1;
         kept[i] = row >= 0;
         weight[i] = kept[i] && topk_weights ? topk_weights[slot] : Real{1};
-        if (kept[i]) bits[i] = load_once<kCount>(rows + row * width + column);
+        if (kept[i]) bits[i] = load_once<kCount>(rows + row * stride + column);
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
@@ -173,6 +175,21 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) grad_weights_kernel(GradW
 
 }  // namespace
 
+Status sum_rows(const SumTask& task, const CudaContext& cuda) {
+  if (task.plan.num_tokens == 0 || task.width == 0) return Status::kOk;
+  return with_type(task.dtype, [&]<typename T>(std::type_identity<T>) {
+    constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+    const bool whole = fits_pieces((task.width | task.stride) * kBytes, task.output, task.rows);
+    return with_piece<T>(whole, [&](auto count) {
+      const Tiling tiling(task.plan.num_tokens, task.width / count);
+      LAUNCH((combine_kernel<T, count>), tiling.grid, tiling.block, 0, stream(cuda), static_cast<T*>(task.output),
+             static_cast<const T*>(task.rows), static_cast<const Wide<T>*>(task.topk_weights), task.plan, task.width,
+             task.stride);
+      return launched("combine", cuda);
+    });
+  });
+}
+
 Status reduce_grad_weights(const GradWeightsTask& task, const CudaContext& cuda) {
   if (num_slots(task.plan) == 0) return Status::kOk;
   return with_type(task.dtype, [&]<typename T>(std::type_identity<T>) {
@@ -189,16 +206,14 @@ namespace moe {
 using namespace cuda;
 
 Status combine_cuda(const CombineArgs& args, const CudaContext& cuda) {
-  const int64_t width = args.hidden_size;
-  if (args.plan.num_tokens == 0 || width == 0) return Status::kOk;
-  return with_type(args.dtype, [&]<typename T>(std::type_identity<T>) {
-    return with_piece<T>(fits_pieces(width * static_cast<int64_t>(sizeof(T)), args.output, args.rows), [&](auto count) {
-      const Tiling tiling(args.plan.num_tokens, width / count);
-      LAUNCH((combine_kernel<T, count>), tiling.grid, tiling.block, 0, stream(cuda), static_cast<T*>(args.output),
-             static_cast<const T*>(args.rows), static_cast<const Wide<T>*>(args.topk_weights), args.plan, width);
-      return launched("combine", cuda);
-    });
-  });
+  return sum_rows({.output = args.output,
+                   .rows = args.rows,
+                   .topk_weights = args.topk_weights,
+                   .plan = args.plan,
+                   .width = args.hidden_size,
+                   .stride = args.hidden_size,
+                   .dtype = args.dtype},
+                  cuda);
 }
 
 Status combine_backward_cuda(const CombineBackwardArgs& args, const CudaContext& cuda) {

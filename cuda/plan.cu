@@ -5,7 +5,7 @@
 // first rank of each expert, and those of all chunks, which gives the offsets; counts again per warp; and then every
 // warp places its slots in order. Atomics only ever count, so no order depends on them. A chunk has at least kDensity
 // slots per expert, so that the counters cost no more than the slots do.
-#include "moe/plan.h"
+#include "plan.cuh"
 
 #include <algorithm>
 
@@ -20,7 +20,7 @@ constexpr int kInFlight = 4;  // ids that a thread loads ahead
 
 struct PlanTask {
   PlanArgs args;
-  int64_t num_rows, slots_per_warp, capacity;
+  int64_t num_slots, num_rows, slots_per_warp, capacity;
   int32_t* counts;   // [blocks, E], or null with one block
   int32_t* scratch;  // [blocks, warps + 2, E] where shared memory does not hold them, or null
 };
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(32 * kMostWarps) plan_count_kernel(PlanTask ta
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) sums[e] = 0;
   if (!MOE_BUG(plan, 1)) __syncthreads();
   const int64_t chunk = task.slots_per_warp * (blockDim.x / 32), begin = blockIdx.x * chunk;
-  const int64_t end = at_most(begin + chunk, task.num_rows);
+  const int64_t end = at_most(begin + chunk, task.num_slots);
 #pragma unroll kInFlight
   for (int64_t slot = begin + threadIdx.x; slot < end; slot += blockDim.x) {
     const int32_t e = expert_of(task, slot, end);
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) plan_place_kernel(PlanTask
 
   // 1. Count the slots of each expert in each warp's run.
   const int64_t begin = (int64_t{blockIdx.x} * num_warps + threadIdx.x / 32) * task.slots_per_warp;
-  const int64_t end = at_most(begin + task.slots_per_warp, task.num_rows);
+  const int64_t end = at_most(begin + task.slots_per_warp, task.num_slots);
 #pragma unroll kInFlight
   for (int64_t slot = begin + lane; slot < end; slot += 32) {
     const int32_t e = expert_of(task, slot, end);
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) plan_place_kernel(PlanTask
       const bool kept = e >= 0 && rank < task.capacity;
       const int32_t row = kept ? offsets[e] + rank : -1;
       if (slot < end) args.slot_to_row[slot] = row;
-      if (kept) args.row_to_slot[row] = static_cast<int32_t>(slot);
+      if (kept && (row < task.num_rows || MOE_BUG(ep, 7))) args.row_to_slot[row] = static_cast<int32_t>(slot);
     }
   }
 
@@ -165,24 +165,20 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) plan_place_kernel(PlanTask
 }
 
 }  // namespace
-}  // namespace moe::cuda
 
-namespace moe {
-
-using namespace cuda;
-
-Status plan_cuda(const PlanArgs& args, const CudaContext& cuda) {
-  const int64_t num_rows = args.num_tokens * args.top_k, num_experts = args.num_experts;
+Status plan_rows(const PlanArgs& args, int64_t num_rows, const CudaContext& cuda) {
+  const int64_t num_slots = args.num_tokens * args.top_k, num_experts = args.num_experts;
   const int64_t expert_bytes = num_experts * static_cast<int64_t>(sizeof(int32_t));
   const int64_t fit = kMostSharedBytes / std::max<int64_t>(expert_bytes, 1) - 2;
   const bool in_shared = fit >= 1;
   const int64_t warps = in_shared ? std::min<int64_t>(fit, kMostWarps) : kMostWarps / 4;
   const int64_t least =
-      std::max({kLeastSlotsPerWarp, ceil_div(kDensity * num_experts, warps), ceil_div(num_rows, kMostBlocks * warps)});
+      std::max({kLeastSlotsPerWarp, ceil_div(kDensity * num_experts, warps), ceil_div(num_slots, kMostBlocks * warps)});
   const int64_t slots_per_warp = ceil_div(least, 32) * 32;
-  const int64_t blocks = std::max<int64_t>(ceil_div(num_rows, slots_per_warp * warps), 1);
+  const int64_t blocks = std::max<int64_t>(ceil_div(num_slots, slots_per_warp * warps), 1);
 
-  PlanTask task{args, num_rows, slots_per_warp, args.capacity < 0 ? num_rows : args.capacity, nullptr, nullptr};
+  PlanTask task{args,    num_slots, num_rows, slots_per_warp, args.capacity < 0 ? num_slots : args.capacity,
+                nullptr, nullptr};
   if (blocks > 1) {
     task.counts = allocate<int32_t>(blocks * num_experts, cuda);
     if (!task.counts) return Status::kOutOfMemory;
@@ -203,6 +199,14 @@ Status plan_cuda(const PlanArgs& args, const CudaContext& cuda) {
   if (status != Status::kOk) return status;
   LAUNCH(plan_place_kernel, grid, block, shared_bytes, stream(cuda), task);
   return launched("plan_place", cuda);
+}
+
+}  // namespace moe::cuda
+
+namespace moe {
+
+Status plan_cuda(const PlanArgs& args, const CudaContext& cuda) {
+  return cuda::plan_rows(args, args.num_tokens * args.top_k, cuda);
 }
 
 }  // namespace moe

@@ -48,6 +48,21 @@ def test_every_operator_is_registered_for_cuda():
     assert [name for name in names if not computed(name, "CUDA")] == []
 
 
+def test_no_operator_and_no_kernel_is_for_one_device_only():
+    """A schema has kernels for CPU and CUDA, or is made of operators that have; a stage declares both functions."""
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe::")]
+    on = {key: {n for n in names if registered(n, key)} for key in ("CPU", "CUDA", "CompositeExplicitAutograd")}
+    assert on["CPU"] == on["CUDA"]
+    assert on["CPU"] | on["CompositeExplicitAutograd"] == set(names)
+    schemas = set(re.findall(r'"(\w+)\(', (ROOT / "cpp/torch/library.cpp").read_text()))
+    assert schemas == {name.removeprefix("moe::") for name in names}
+    headers = "".join(path.read_text() for path in (ROOT / "cpp/include/moe").glob("*.h"))
+    cpu, cuda = (set(re.findall(rf"Status (\w+)_{device}\(", headers)) for device in ("cpu", "cuda"))
+    assert cpu - cuda == {"placement"}  # a solver for the host, and no operator
+    assert cuda <= cpu
+
+
 @pytest.mark.skipif(bool(BUILT), reason="this build has CUDA kernels")
 def test_a_build_without_cuda_names_the_fix():
     message = refused("plan", torch.zeros(4, 2, dtype=torch.int32), 4)

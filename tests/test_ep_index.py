@@ -67,6 +67,20 @@ def test_pairs_beyond_the_number_told_are_dropped(device):
     assert ops.experts(got.hidden_states, *inputs, got.plan).isfinite().all()
 
 
+def test_rows_may_start_anywhere(device):
+    """A slice of a longer buffer of bytes starts on no more than a byte."""
+    tokens, weights = randn(5, 12, device=device), randn(5, 2, device=device)
+    ids = torch.tensor([[0, 1]] * 5, dtype=torch.int32, device=device)
+    rows = torch.ops.moe.ep_pack(tokens, weights, ids, None, 1, 2)
+    buffer = torch.zeros(rows.numel() + 3, dtype=torch.uint8, device=device)
+    shifted = buffer[3:].view(rows.shape)
+    shifted.copy_(rows)
+    for actual, expected in zip(
+        ops.ep_index(shifted, tokens, 12, 2, 2, 10), ops.ep_index(rows, tokens, 12, 2, 2, 10), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
 ROWS = torch.zeros(4, 64, dtype=torch.uint8)
 
 

@@ -15,8 +15,11 @@ PLAN = ops.ep_plan(routing("uniform", T, E, K), E, 2)
 def packed(dtype, wire, device="cpu"):
     tokens = randn(T, H, dtype=dtype, device=device)
     weights = randn(T, K, dtype=weight_dtype(dtype), device=device, seed=1)
-    plan = ops.EpPlan(*(tensor.to(device) for tensor in PLAN))
-    return tokens, weights, ops.ep_pack(tokens, weights, plan, wire=wire)
+    return tokens, weights, ops.ep_pack(tokens, weights, plan_on(device), wire=wire)
+
+
+def plan_on(device):
+    return ops.EpPlan(*(tensor.to(device) for tensor in PLAN))
 
 
 @pytest.mark.parametrize("wire", WIRES)
@@ -47,10 +50,10 @@ def test_without_maps_row_r_is_token_r(device):
 def test_a_row_that_is_not_finite_stays_so(wire, value, device):
     tokens, weights, _ = packed(torch.float32, wire, device)
     tokens[3, 5] = value
-    rows = ops.ep_pack(tokens, weights, PLAN, wire=wire)
+    rows = ops.ep_pack(tokens, weights, plan_on(device), wire=wire)
     got = ops.ep_index(rows, tokens, H, K, E, 0, wire=wire).hidden_states
     used = int(PLAN.rank_offsets[-1])
-    bad = PLAN.row_to_slot[:used] // 2 == 3
+    bad = (PLAN.row_to_slot[:used] // 2 == 3).to(device)
     assert not got[:used][bad].isfinite().any()
     assert got[:used][~bad].isfinite().all()
 
@@ -62,7 +65,8 @@ def test_every_fp8_number_arrives_exactly(scale, device):
     codes = codes[codes.isfinite()]
     power = 2.0 ** round(torch.tensor(scale).log2().item())
     tokens = (codes * power).view(1, -1).to(device)
-    rows = torch.ops.moe.ep_pack(tokens, torch.ones(1, 1), IDS[:1, :1], None, 1, 1, wire="fp8")
+    maps = (torch.ones(1, 1, device=device), IDS[:1, :1].to(device), None)
+    rows = torch.ops.moe.ep_pack(tokens, *maps, 1, 1, wire="fp8")
     got = ops.ep_index(rows, tokens, tokens.shape[1], 1, 1, 1, wire="fp8").hidden_states
     assert torch.equal(got, tokens)
 
@@ -70,10 +74,17 @@ def test_every_fp8_number_arrives_exactly(scale, device):
 def test_rounds_like_torch(device):
     tokens = randn(64, 300, device=device)
     tokens[0] = 0
+    maps = (torch.ones(64, 1, device=device), torch.zeros(64, 1, dtype=torch.int32, device=device), None)
     for wire in ("fp8", "int8"):
-        rows = torch.ops.moe.ep_pack(tokens, torch.ones(64, 1), IDS.new_zeros(64, 1), None, 1, 1, wire=wire)
+        rows = torch.ops.moe.ep_pack(tokens, *maps, 1, 1, wire=wire)
         got = ops.ep_index(rows, tokens, 300, 1, 1, 64, wire=wire).hidden_states
-        assert torch.equal(got, reference.ep_wire(tokens, wire)), wire
+        assert torch.equal(got.cpu(), reference.ep_wire(tokens.cpu(), wire)), wire
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_every_device_writes_the_same_bytes(dtype, wire, device):
+    assert torch.equal(packed(dtype, wire, device)[-1].cpu(), packed(dtype, wire)[-1])
 
 
 IDS = torch.zeros(T, K, dtype=torch.int32)

@@ -85,6 +85,19 @@ def test_named_shapes_equal_the_reference(shape, name, device):
         assert torch.equal(a.cpu(), b)
 
 
+@pytest.mark.parametrize("num_tokens", [0, 3, 700])
+def test_replicas_and_garbage_equal_the_reference(num_tokens, device):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(-3, 14, (num_tokens, 5), generator=generator, dtype=torch.int32)
+    ids[::7] = 2**31 - 1
+    table = torch.randint(-1, 4 * 5 + 1, (12, 3), generator=generator, dtype=torch.int32)
+    table = table.sort(dim=1, descending=True).values  # -1 last, as in a placement
+    options = {"num_experts": 12, "ep_size": 4, "ep_rank": 2, "num_local_experts": 5, "num_chunks": 3}
+    actual = ops.ep_plan(ids.to(device), **options, placement=table.to(device))
+    for a, b in zip(actual, reference.ep_plan(ids, **options, placement=table), strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
 @pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads_gives_the_same(threads):

@@ -49,7 +49,7 @@ def test_maps_out_of_range_count_as_no_row(device):
     returned = randn(plan.row_to_slot.shape[0], 8, device=device)
     rows = torch.ops.moe.ep_pack(returned, None, None, None, 1, 1)
     maps = plan.slot_to_row.clone()
-    maps[2] = torch.tensor([-7, 2**31 - 1], dtype=torch.int32)
+    maps[2] = torch.tensor([-7, 2**31 - 1], dtype=torch.int32, device=device)
     output, _ = ops.ep_reduce(rows, returned, plan._replace(slot_to_row=maps), 8)
     assert not output[2].any()
 

@@ -1,6 +1,7 @@
 """explain: what it says is what the extension does."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -92,6 +93,10 @@ def test_names_each_gpu_with_its_kernels(monkeypatch):
     assert lines[old + 1] == "cuda:1: GPU 1, compute capability 9.0"
     assert lines[old + 2] == "  grouped_gemm, bfloat16: wide, other widths: none"
     assert lines[old + 4] == "  grouped_gemm, float32: exact"
+    named = " ".join(lines[old + 2 : old + 7])
+    schemas = {name.removeprefix("moe::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe::")}
+    stages = {name for name in schemas if not re.search(r"_(backward|wgrad|bgrad)_?$|^(ep_)?(experts|dispatch)$", name)}
+    assert all(re.search(rf"\b{stage}\b", named) for stage in stages)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"

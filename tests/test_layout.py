@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ("route", "plan", "permute", "grouped_gemm", "activation", "combine", "experts")
 STAGES += ("ep_plan", "ep_pack", "ep_index", "ep_reduce")
-FOLDERS = ("cpp/include/moe/{}.h", "cpp/cpu/{}.cpp", "python/torch_moe/ops/{}.py", "tests/test_{}.py")
+FOLDERS = (
+    "cpp/include/moe/{}.h", "cpp/cpu/{}.cpp", "cuda/{}.cu", "python/torch_moe/ops/{}.py", "tests/test_{}.py",
+)  # fmt: skip
 SOURCES = [
     path
     for folder in ("cpp", "cuda", "python", "tests", "benchmarks")

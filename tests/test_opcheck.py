@@ -149,8 +149,8 @@ def to(device, args):
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, device):
-    if device.type == "cuda" and op.startswith("ep_"):
-        pytest.skip("expert parallelism's operators have CPU kernels alone")
+    if device.type == "cuda" and op in ("ep_dispatch", "ep_experts", "ep_experts_backward"):
+        pytest.skip("the group of this test exchanges tensors of the CPU")
     for args, kwargs in samples()[op]:
         args = to(device, args)
         torch.library.opcheck(getattr(torch.ops.moe, op).default, args, kwargs, test_utils=CHECKS.get(op, ALL_CHECKS))

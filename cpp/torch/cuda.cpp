@@ -67,12 +67,10 @@ class Cuda {
   Status run(const CombineBackwardArgs& args) { return queue(combine_backward_cuda, args); }
   Status run(const ExpertsArgs& args) { return queue(experts_cuda, args, args.layer.dtype); }
   Status run(const ExpertsBackwardArgs& args) { return queue(experts_backward_cuda, args, args.layer.dtype); }
-  // Of expert parallelism's operators there are CPU kernels alone.
-  template <typename Args>
-  Status run(const Args&) {
-    failure_ = "has no CUDA kernel in this version (move the tensors to the CPU)";
-    return Status::kCudaError;
-  }
+  Status run(const EpPlanArgs& args) { return queue(ep_plan_cuda, args); }
+  Status run(const EpPackArgs& args) { return queue(ep_pack_cuda, args); }
+  Status run(const EpIndexArgs& args) { return queue(ep_index_cuda, args); }
+  Status run(const EpReduceArgs& args) { return queue(ep_reduce_cuda, args); }
 
   const std::string& failure() const { return failure_; }
 

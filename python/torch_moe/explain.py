@@ -60,6 +60,10 @@ def explain(
 
 
 OLDEST_GPU = 80  # compute capability 8.0: Ampere
+# The operators whose CUDA kernels do not depend on the GPU; `experts` is made of grouped_gemm's.
+_ONE_KERNEL = (
+    "route", "plan", "permute", "activation", "combine", "ep_plan", "ep_pack", "ep_index", "ep_reduce",
+)  # fmt: skip
 
 
 def _cuda_lines() -> list[str]:
@@ -91,4 +95,4 @@ def _cuda_kernel_lines(architecture: int) -> list[str]:
         other = "" if whole == odd else f", other widths: {odd or 'none'}"
         tf32 = ", tf32 allowed" if allow_tf32 and dtype == "float32" else ""
         lines.append(f"  grouped_gemm, {dtype}{tf32}: {whole or 'none'}{other}")
-    return lines
+    return [*lines, f"  {', '.join(_ONE_KERNEL)}: one kernel each for every dtype"]

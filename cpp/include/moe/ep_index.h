@@ -6,6 +6,7 @@
 // read them through row_to_slot.
 #pragma once
 
+#include "moe/cuda.h"
 #include "moe/ep_row.h"
 
 namespace moe {
@@ -23,5 +24,6 @@ struct EpIndexArgs {
 };
 
 Status ep_index_cpu(const EpIndexArgs& args, const ThreadPool& pool);
+Status ep_index_cuda(const EpIndexArgs& args, const CudaContext& cuda);
 
 }  // namespace moe

@@ -5,6 +5,7 @@
 // Without maps row r carries token r and no ids. A row without a slot carries zeros, and ids of -1.
 #pragma once
 
+#include "moe/cuda.h"
 #include "moe/ep_row.h"
 
 namespace moe {
@@ -21,5 +22,6 @@ struct EpPackArgs {
 };
 
 Status ep_pack_cpu(const EpPackArgs& args, const ThreadPool& pool);
+Status ep_pack_cuda(const EpPackArgs& args, const CudaContext& cuda);
 
 }  // namespace moe

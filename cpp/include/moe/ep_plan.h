@@ -13,7 +13,7 @@
 // A counting sort: the result does not depend on the number of threads.
 #pragma once
 
-#include "moe/types.h"
+#include "moe/cuda.h"
 
 namespace moe {
 
@@ -33,5 +33,6 @@ struct EpPlanArgs {
 };
 
 Status ep_plan_cpu(const EpPlanArgs& args, const ThreadPool& pool);
+Status ep_plan_cuda(const EpPlanArgs& args, const CudaContext& cuda);
 
 }  // namespace moe

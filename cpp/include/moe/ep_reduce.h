@@ -5,6 +5,7 @@
 // What a rank returns for a token is already summed over its experts, so a token has one row per rank.
 #pragma once
 
+#include "moe/cuda.h"
 #include "moe/ep_row.h"
 
 namespace moe {
@@ -21,5 +22,6 @@ struct EpReduceArgs {
 };
 
 Status ep_reduce_cpu(const EpReduceArgs& args, const ThreadPool& pool);
+Status ep_reduce_cuda(const EpReduceArgs& args, const CudaContext& cuda);
 
 }  // namespace moe
