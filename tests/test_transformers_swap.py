@@ -43,9 +43,11 @@ def _one_thread(restore_threads):
     torch.set_num_threads(1)  # the models are tiny
 
 
-def inputs_of(model):
-    inputs = tiny_inputs(model)
-    return inputs | {"decoder_input_ids": token_ids(2, 5, seed=1)} if model.config.is_encoder_decoder else inputs
+def inputs_of(model, num_tokens=7, seed=0):
+    inputs = tiny_inputs(model, num_tokens, seed)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = token_ids(2, num_tokens - 2, seed=seed + 1)
+    return inputs
 
 
 def run(model, inputs):

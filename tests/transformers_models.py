@@ -148,13 +148,13 @@ def token_ids(*shape, seed=0):
     return torch.randint(3, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tiny_inputs(model, num_tokens=7):
+def tiny_inputs(model, num_tokens=7, seed=0):
     """Return arguments of the model's forward: ids, or embeddings where a model has no table of its own."""
     family = type(model).__module__.split(".")[-2]
     if type(model).__name__ == "Qwen3OmniMoeTalkerModel":
-        embeds = torch.randn(2, num_tokens, TINY["hidden_size"], generator=torch.Generator().manual_seed(0))
+        embeds = torch.randn(2, num_tokens, TINY["hidden_size"], generator=torch.Generator().manual_seed(seed))
         return {"inputs_embeds": embeds.to(model.dtype)}
-    inputs = {"input_ids": token_ids(2, num_tokens)}
+    inputs = {"input_ids": token_ids(2, num_tokens, seed=seed)}
     if family == "ernie4_5_vl_moe":  # both sets of experts: those of text and those of pictures
         inputs["moe_mm_token_type_ids"] = torch.arange(2 * num_tokens).view(2, num_tokens) % 3 == 0
     return inputs

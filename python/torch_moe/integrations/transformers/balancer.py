@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from torch_moe.balancing import BiasBalancer
-from torch_moe.integrations.transformers.layers import OWN_BIAS, Layer, find_layers, read
-from torch_moe.integrations.transformers.router import Rule
+from torch_moe.integrations.transformers.families import OWN_BIAS
+from torch_moe.integrations.transformers.layers import Layer, find_layers, read
 from torch_moe.metrics import RoutingStats
 
 
@@ -28,7 +27,7 @@ class ModelBalancer:
 
     def __init__(self, layers: list[Layer], balancer: BiasBalancer, stats: RoutingStats) -> None:
         self.layers, self.balancer, self.stats = layers, balancer, stats
-        self._steering = [handle for layer in layers if (handle := _steer(layer)) is not None]
+        self._steering = [handle for layer in layers if (handle := layer.add_bias()) is not None]
         watched = [layer.watched for layer in layers]
         reader = partial(read, dict(zip(watched, layers, strict=True)))
         balancer.watch(watched, reader)
@@ -96,8 +95,7 @@ class ModelBalancer:
             handle.remove()
         self._steering.clear()
         for layer in self.layers:
-            layer.watched._buffers.pop(OWN_BIAS, None)
-            layer.watched._non_persistent_buffers_set.discard(OWN_BIAS)
+            layer.remove_bias()
 
 
 def attach_stats(model: nn.Module) -> RoutingStats:
@@ -134,12 +132,14 @@ def attach_balancer(model: nn.Module, **options: Any) -> ModelBalancer:  # noqa:
     activations once, and :meth:`ModelBalancer.step` moves the bias: DeepSeek-V3's rule, or another of
     :class:`torch_moe.balancing.BiasBalancer`.
 
-    A router without such a bias (Mixtral, Qwen-MoE, OLMoE, gpt-oss, Granite and others) gets one, zero at first: a
-    buffer that moves with the model and is not saved with it. A hook then chooses again by score plus bias, and weighs
-    the chosen by the family's own rule without it. A token whose choice the bias does not change keeps the router's
-    result bit for bit. The scores are probabilities (softmax), also in families that take the softmax over the chosen
-    only, or sigmoids. The rule is found by running a copy of the router, so settings of the router are to be changed
-    before this call.
+    A router without such a bias (Mixtral, Qwen-MoE, OLMoE, gpt-oss, Granite, Llama-4, DBRX, Jamba, JetMoE, Switch and
+    others) gets one, zero at first: a buffer that moves with the model and is not saved with it. A hook then chooses
+    again by score plus bias, and weighs the chosen by the family's own rule without it. A token whose choice the bias
+    does not change keeps the router's result bit for bit. The scores are probabilities (softmax), also in families that
+    take the softmax over the chosen only, or sigmoids. The rule is found by running a copy of the router, so settings
+    of the router are to be changed before this call. Two families choose by more than a rule, and their routers are
+    replaced by the same with a bias: in PhiMoE it is added to the logits, by which candidates are told and drawn; in
+    NLLB-MoE, whose choices count after those beyond capacity are dropped, to the probabilities.
 
     NOTE: a model trained with such a bias routes by it. Save :meth:`ModelBalancer.state_dict` beside the model, and
     attach and load it wherever the model is used, or anneal the bias away before the end.
@@ -147,7 +147,8 @@ def attach_balancer(model: nn.Module, **options: Any) -> ModelBalancer:  # noqa:
     Parameters
     ----------
     model : Module
-        Any MoE model whose routers have a selection bias, or a rule that was found.
+        Any MoE model of transformers with routed FFNs. Doge, whose 16384 experts are found by product keys, and
+        ViTPose, whose experts are chosen by the data set's number, have no router to steer.
     **options
         Of :class:`torch_moe.balancing.BiasBalancer`: ``method`` (``"quantile"`` needs logits, so a rule in each layer),
         ``rate``, ``center``, ``process_group``.
@@ -172,7 +173,7 @@ def attach_balancer(model: nn.Module, **options: Any) -> ModelBalancer:  # noqa:
     attached = [layer.name for layer in layers if hasattr(layer.watched, OWN_BIAS)]
     if attached:
         raise ValueError(f"attach_balancer: {attached[0]} has a balancer already, detach() that one first")
-    unknown = [layer for layer in layers if layer.bias is None and isinstance(layer.rule, str)]
+    unknown = [layer for layer in layers if not layer.can_obey]
     if unknown and all(layer.bias is None for layer in layers):
         raise ValueError(
             f"attach_balancer: the router of {unknown[0].name} in {type(model).__name__} has no selection bias, and "
@@ -202,17 +203,3 @@ def _check_quantile(layers: list[Layer]) -> None:
             raise ValueError(f"attach_balancer: method 'quantile' needs logits, which {layer.name} hides: {layer.rule}")
         if layer.rule.options.get("num_groups", 1) > 1:
             raise ValueError(f"attach_balancer: method 'quantile' needs routers without groups, {layer.name} has some")
-
-
-def _steer(layer: Layer) -> RemovableHandle | None:
-    """Give the router of a layer without a selection bias one, of zeros, and let it choose by it."""
-    if layer.bias is not None or isinstance(layer.rule, str):
-        return None
-    device = next(layer.watched.parameters()).device
-    layer.watched.register_buffer(OWN_BIAS, torch.zeros(layer.num_experts, device=device), persistent=False)
-    # First of all hooks: others, such as those that record the router's output, see what is chosen in the end.
-    return layer.watched.register_forward_hook(partial(_choose_again, layer.rule), prepend=True)
-
-
-def _choose_again(rule: Rule, router: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
-    return rule.steer(getattr(router, OWN_BIAS), router, output)

@@ -171,8 +171,11 @@ def _candidates(router: Host, output: tuple[Tensor, ...], num_experts: int) -> I
             scores = ("top2_sum", "max") if number < num_experts else ("max",)
             groups += [{"num_groups": number, "topk_groups": kept, "group_score": score} for score in scores]
     scales = [name for name, parameter in router.named_parameters() if parameter.shape == (num_experts,)]
-    for scale, group, renormalize, function in product(("", *scales), groups, (True, False), FUNCTIONS):
-        options = {"score_function": function, "renormalize": renormalize, **group}
+    norms = [{"renormalize": True}, {"renormalize": False}]
+    if getattr(router, "renormalize_p", 1.0) != 1:
+        norms = [{"renormalize": True, "renormalize_p": router.renormalize_p}]
+    for scale, group, norm, function in product(("", *scales), groups, norms, FUNCTIONS):
+        options = {"score_function": function, **norm, **group}
         yield Rule(2 - ids, ids, options, are_probabilities, scale)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_moe import ops
+from torch_moe.integrations.transformers.families import read_jetmoe
 from torch_moe.integrations.transformers.forward import Projections, experts_forward, make_plan, run_experts
 from torch_moe.integrations.transformers.fp8 import used_experts
 from torch_moe.integrations.transformers.gate import Host, apply_gate, gate_of
@@ -27,8 +28,8 @@ def llama4_moe(self: Host, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """
     hidden_states = hidden_states.reshape(-1, self.hidden_dim)
     scores, router_logits = self.router(hidden_states)
-    ids = router_logits.topk(self.top_k, dim=1).indices
-    weighted = hidden_states.unsqueeze(1) * scores.gather(1, ids).unsqueeze(2)  # [T, K, H]
+    weights, ids = scores.topk(self.top_k, dim=1)  # the others are zero
+    weighted = hidden_states.unsqueeze(1) * weights.unsqueeze(2)  # [T, K, H]
     slots = weighted.flatten(0, 1)
     ones = torch.ones(slots.shape[0], 1, dtype=torch.float32, device=slots.device)
     routed = experts_forward(self.experts, slots, ids.reshape(-1, 1), ones).view_as(weighted).sum(dim=1)
@@ -66,9 +67,7 @@ def longcat_flash_experts(self: Host, hidden_states: Tensor, top_k_index: Tensor
 def jetmoe_moe(self: Host, layer_input: Tensor) -> Tensor:
     """Route, compute the experts as one operator, and add the one bias of the output."""
     tokens = layer_input.flatten(0, -2)
-    *_, router_logits = self.router(tokens)
-    logits, ids = router_logits.topk(self.router.top_k, dim=1)
-    weights = logits.softmax(dim=1).type_as(tokens)
+    _, weights, ids = read_jetmoe(self, self.router, self.router(tokens))
     projections = Projections(self.input_linear.weight, self.output_linear.weight)
     output: Tensor = _run(self, tokens, ids, weights, projections).view_as(layer_input) + self.bias
     return output
