@@ -27,7 +27,7 @@ MOE_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// 9.7.13.15.17 cp.async.mbarrier.arrive.noinc: arrives at the mbarrier once all earlier cp.async of this thread are
+// 9.7.13.15.15 cp.async.mbarrier.arrive.noinc: arrives at the mbarrier once all earlier cp.async of this thread are
 // done. The arrival counts among those that mbarrier_init announced.
 MOE_DEVICE void cp_async_mbar_arrive_noinc(uint32_t mbar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(mbar) : "memory");

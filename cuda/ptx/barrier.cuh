@@ -14,7 +14,7 @@ MOE_DEVICE void bar_arrive(int id, int threads) {
 }
 
 #if MOE_PTX_SM90
-// 9.7.13.16 elect.sync: true in one lane of a full warp.
+// 9.7.13.14 elect.sync: true in one lane of a full warp.
 MOE_DEVICE bool elect_one() {
   uint32_t elected;
   asm volatile(
@@ -25,7 +25,7 @@ MOE_DEVICE bool elect_one() {
   return elected;
 }
 
-// 9.7.13.4 barrier.cluster: every thread of every block of the cluster. arrive releases, wait acquires.
+// 9.7.13.3 barrier.cluster: every thread of every block of the cluster. arrive releases, wait acquires.
 MOE_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 MOE_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 MOE_DEVICE void cluster_sync() {
@@ -33,7 +33,7 @@ MOE_DEVICE void cluster_sync() {
   cluster_wait();
 }
 
-// 10.14 %cluster_ctarank, 10.15 %cluster_nctarank
+// 10.16 %cluster_ctarank, 10.17 %cluster_nctarank
 MOE_DEVICE uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -45,7 +45,7 @@ MOE_DEVICE uint32_t cluster_size() {
   return size;
 }
 
-// 9.7.9.22 mapa: the shared-window address that `address` has in the block of that rank.
+// 9.7.9.23 mapa: the shared-window address that `address` has in the block of that rank.
 MOE_DEVICE uint32_t mapa(uint32_t address, uint32_t rank) {
   uint32_t mapped;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));

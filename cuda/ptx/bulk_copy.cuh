@@ -6,7 +6,7 @@
 #if MOE_PTX_SM90
 namespace moe::cuda::ptx {
 
-// 9.7.9.27.1.1 prefetch.tensormap
+// 9.7.9.15 prefetch.tensormap
 MOE_DEVICE void prefetch_tmap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -68,10 +68,10 @@ MOE_DEVICE void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
                : "memory");
 }
 
-// 9.7.9.25.4.3 cp.async.bulk.commit_group: the bulk stores of this thread so far form a group.
+// 9.7.9.27.2.1 cp.async.bulk.commit_group: the bulk stores of this thread so far form a group.
 MOE_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// 9.7.9.25.4.4 cp.async.bulk.wait_group: all but kPending groups have read their shared memory (.read), or are done.
+// 9.7.9.27.2.2 cp.async.bulk.wait_group: all but kPending groups have read their shared memory (.read), or are done.
 template <int kPending>
 MOE_DEVICE void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");

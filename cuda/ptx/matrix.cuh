@@ -1,4 +1,4 @@
-// Matrix fragments of a warp: ldmatrix, stmatrix, mma.sync. Layouts with lane = 4 g + q, checked by test_layouts.cu.
+// Matrix fragments of a warp: ldmatrix, stmatrix, mma.sync. Layouts with lane = 4 g + q, checked by test_layouts.cpp.
 #pragma once
 
 #include "ptx/define.cuh"

@@ -67,13 +67,13 @@ MOE_DEVICE void mbar_wait_cluster(uint32_t mbar, uint32_t parity) {
   } while (!ended);
 }
 
-// 9.7.13.6 fence.mbarrier_init: initialised mbarriers become visible to the cluster, and to the asynchronous proxy.
+// 9.7.13.4 fence.mbarrier_init: initialised mbarriers become visible to the cluster, and to the asynchronous proxy.
 MOE_DEVICE void fence_mbar_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// 9.7.13.6 fence.proxy.async: ordinary accesses to shared memory before it are ordered before asynchronous ones (TMA,
+// 9.7.13.4 fence.proxy.async: ordinary accesses to shared memory before it are ordered before asynchronous ones (TMA,
 // wgmma) after it.
 MOE_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -34,7 +34,7 @@ MOE_DEVICE void st_release(uint64_t* p, uint64_t v) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
-// 9.7.13.4 red.release: an addition that also publishes what came before it.
+// 9.7.13.6 red.release: an addition that also publishes what came before it.
 MOE_DEVICE void red_release_add(uint32_t* p, uint32_t v) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
@@ -42,7 +42,7 @@ MOE_DEVICE void red_release_add(int32_t* p, int32_t v) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-// 9.7.13.3 atom.acq_rel: the last of several blocks learns from it that it is the last.
+// 9.7.13.5 atom.acq_rel: the last of several blocks learns from it that it is the last.
 MOE_DEVICE uint32_t atom_acq_rel_add(uint32_t* p, uint32_t v) {
   uint32_t old;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");

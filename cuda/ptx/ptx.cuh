@@ -1,6 +1,6 @@
 // The only door to PTX: kernels call these functions and never write asm. nvcc gets one instruction per function (the
-// headers beside this one, each with its section of the PTX ISA manual); a CPU build (tests/cuda/cuda_on_cpu.h) gets
-// functions of the same names that execute the documented semantics.
+// headers beside this one, each with its section of the PTX ISA manual, version 9.0); a CPU build
+// (tests/cuda/cuda_on_cpu.h) gets functions of the same names that execute the documented semantics.
 #pragma once
 
 #include <cstdint>
