@@ -23,10 +23,10 @@ def why_not():
 
 
 @contextmanager
-def two_nodes(mbit, prefix="moebench"):
+def two_nodes(mbit):
     """Give the names of two namespaces, n and its link device v each, joined at ``mbit`` Mbit/s; remove them after."""
-    nodes = [f"{prefix}{node}" for node in range(2)]
-    devices = [f"mv{os.getpid() % 10000}{node}" for node in range(2)]
+    nodes = [f"moebench-{os.getpid()}-{node}" for node in range(2)]
+    devices = [f"mv{os.getpid()}-{node}" for node in range(2)]
 
     def run(*words):
         subprocess.run(words, check=True, capture_output=True, text=True)

@@ -18,14 +18,18 @@ def test_missing_tools_are_named(monkeypatch):
 
 @pytest.mark.slow
 def test_all_schedules_between_two_machines(tmp_path):
-    """Every rank verifies every schedule against the whole layer and fails otherwise."""
+    """Every rank verifies every schedule, output and gradient, against the whole layer and fails otherwise."""
     reason = ep_network.why_not()
     if reason is not None:
         pytest.skip(f"cannot simulate machines: {reason}")
     output = tmp_path / "network.jsonl"
     command = [sys.executable, str(SCRIPT), "--mbit", "1000", "--rounds", "1", "--intermediate", "64"]
+    command += ["--tokens", "64", "--hidden", "32", "--experts", "8"]
     subprocess.run([*command, "--output", str(output)], check=True, timeout=240)
     record = json.loads(output.read_text())
     assert record["mbit"] == 1000
-    assert all(milliseconds > 0 for milliseconds in record["ms"].values())
-    assert {"serial", "chunks-8", "k-copies", "all-gather"} <= record["ms"].keys()
+    for name in ("forward", "forward_backward"):
+        times = record[name]["ms"]
+        assert all(milliseconds > 0 for milliseconds in times.values())
+        assert {"serial", "chunks-8", "k-copies", "all-gather"} <= times.keys()
+        assert record[name]["tuned_chunks"] >= 1
