@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 from torch.distributed import checkpoint, init_device_mesh
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -14,6 +15,7 @@ from torch_moe.distributed import (
     ExpertParallel,
     average_gradients,
     clip_grad_norm_,
+    expert_shards,
     placement_of,
     prepare_fsdp,
     solve_placement,
@@ -138,6 +140,87 @@ def compiled(rank):
         assert torch.equal(whole(parameter.grad), grad)
 
 
+def placed_layer(rank, world_size, num_redundant=2):
+    """A layer with replicas, and the moments of its optimizer; all are told apart by expert and name."""
+    loads = torch.arange(E, 0, -1).float()
+    redundant = min(num_redundant, E * (world_size - 1))
+    placement = placement_of(solve_placement(loads, world_size, num_redundant=redundant), E)
+    layer = Block(ExpertParallel(make_layer(bias=True), distributed.group.WORLD, placement=placement))
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.0)
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return layer, optimizer
+
+
+def numbers(like, name, expert):
+    seed = sum(map(ord, name)) * E + expert
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def placed_tensors(layer, optimizer):
+    """Every local expert's tensor, with a name for it, and the number of the expert."""
+    for name, parameter in layer.moe.experts.named_parameters():
+        for place, expert in enumerate(layer.moe.experts.experts):
+            if expert >= 0:
+                yield parameter.data[place], name, expert
+                yield optimizer.state[parameter]["exp_avg"][place], f"{name}.exp_avg", expert
+
+
+def placed_state(layer, optimizer):
+    state = get_optimizer_state_dict(layer, optimizer)
+    return {"model": layer.state_dict(), "optimizer": expert_shards(layer, state)}
+
+
+def save_placed(rank, world_size, path):
+    layer, optimizer = placed_layer(rank, world_size)
+    for tensor, name, expert in placed_tensors(layer, optimizer):
+        tensor.copy_(numbers(tensor, name, expert))
+    state = placed_state(layer, optimizer)
+    checkpoint.save(state, checkpoint_id=path)
+    checkpoint.async_save(state, checkpoint_id=f"{path}-async").result()
+    for saved in (path, f"{path}-async"):
+        metadata = checkpoint.FileSystemReader(saved).read_metadata()
+        named = {
+            name: m for name, m in metadata.state_dict_metadata.items() if "moe.experts" in name and "step" not in name
+        }
+        assert len(named) == 4 * 3  # the parameters and their two moments
+        for name, tensor in named.items():
+            assert tensor.size[0] == E, name
+            assert sorted(chunk.offsets[0] for chunk in tensor.chunks) == list(range(E)), name
+            written = [index.offset[0] for index in metadata.storage_data if index.fqn == name]
+            assert sorted(written) == list(range(E)), (name, written)
+
+
+def load_placed(rank, world_size, path):
+    """Another number of ranks and another placement; the identity; and the plain layer."""
+    for saved in (path, f"{path}-async"):
+        layer, optimizer = placed_layer(rank, world_size, num_redundant=3)
+        for tensor, _, _ in placed_tensors(layer, optimizer):
+            tensor.fill_(torch.nan)
+        state = placed_state(layer, optimizer)
+        checkpoint.load(state, checkpoint_id=saved)
+        layer.load_state_dict(state["model"])
+        for tensor, name, expert in placed_tensors(layer, optimizer):
+            assert torch.equal(tensor, numbers(tensor, name, expert)), (name, expert)
+    plain, identity = (
+        Block(make_layer(bias=True)),
+        Block(ExpertParallel(make_layer(bias=True), distributed.group.WORLD)),
+    )
+    for other in (plain, identity):
+        state = {"model": other.state_dict()}
+        checkpoint.load(state, checkpoint_id=path)
+        other.load_state_dict(state["model"])
+        for name, parameter in other.moe.experts.named_parameters():
+            for expert, tensor in enumerate(whole(parameter)):
+                assert torch.equal(tensor, numbers(tensor, name, expert)), (name, expert)
+    # A layer with a placement also takes a plain state dict.
+    layer.moe.experts.down_proj.data.fill_(torch.nan)
+    layer.load_state_dict(plain.state_dict())
+    for tensor, name, expert in placed_tensors(layer, optimizer):
+        assert torch.equal(tensor, numbers(tensor, name, expert)), (name, expert)
+
+
 def save(path):
     layer = ExpertParallel(make_layer(), distributed.group.WORLD)
     checkpoint.save(layer.state_dict(), checkpoint_id=path)
@@ -160,6 +243,7 @@ def main(rank, world_size, path, part):
     folder = Path(path).parent / "checkpoint"
     if part == "load":
         load(folder)
+        load_placed(rank, world_size, f"{folder}-placed")
     else:
         without_fsdp(rank, world_size)
         with_replicas(rank, world_size)
@@ -168,6 +252,7 @@ def main(rank, world_size, path, part):
         balanced(rank, world_size)
         compiled(rank)
         save(folder)
+        save_placed(rank, world_size, f"{folder}-placed")
     distributed.destroy_process_group()
 
 

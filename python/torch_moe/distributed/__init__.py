@@ -15,6 +15,7 @@ collectives of ``torch.distributed`` on whatever backend the group has.
 
 from torch_moe.distributed import experts  # its operators get their implementations by being imported
 from torch_moe.distributed.balance import count_moves, placement_of, rank_loads, solve_placement
+from torch_moe.distributed.checkpoint import ExpertShards, expert_shards
 from torch_moe.distributed.exchange import check_splits
 from torch_moe.distributed.faults import RankLost, agree_on_survivors, guard, regroup, without_ranks
 from torch_moe.distributed.fsdp import prepare_fsdp
@@ -27,6 +28,7 @@ from torch_moe.distributed.tuning import ExchangeCost, best_chunks, measure_exch
 __all__ = [
     "ExchangeCost",
     "ExpertParallel",
+    "ExpertShards",
     "Placement",
     "RankLost",
     "ShardedExperts",
@@ -36,6 +38,7 @@ __all__ = [
     "check_splits",
     "clip_grad_norm_",
     "count_moves",
+    "expert_shards",
     "experts",
     "guard",
     "measure_exchange",

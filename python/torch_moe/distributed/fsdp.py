@@ -30,14 +30,17 @@ def prepare_fsdp(model: nn.Module, mesh: DeviceMesh) -> None:
     Raises
     ------
     ValueError
-        If the mesh lacks one of the dimensions.
+        If the mesh lacks one of the dimensions, or a layer has a placement: its experts are no shard of all experts.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     names = mesh.mesh_dim_names or ()
     if not {"fsdp", "ep"} <= set(names):
         raise ValueError(f"prepare_fsdp: mesh must have the dimensions 'fsdp' and 'ep', got {list(names)}")
-    for experts in [module for module in model.modules() if isinstance(module, ShardedExperts)]:
+    layers = [module for module in model.modules() if isinstance(module, ShardedExperts)]
+    if any(experts._table is not None for experts in layers):
+        raise ValueError("prepare_fsdp: layers must have no placement (their experts are no DTensor)")
+    for experts in layers:
         # Shards of whole experts where each rank gets at least one, else parts of every expert.
         fewest = min(p.to_local().shape[0] for p in experts.parameters() if isinstance(p, DTensor))
         placed = None if fewest >= mesh["fsdp"].size() else _by_rows

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from torch_moe import ops
 from torch_moe.distributed.agreement import agree
+from torch_moe.distributed.checkpoint import load_experts, save_experts
 from torch_moe.distributed.placement import Placement
 from torch_moe.nn._common import require, uniform_by_fan_in_
 from torch_moe.nn.layer import MoE, Routing
@@ -41,7 +42,8 @@ class ShardedExperts(nn.Module):
     """The experts of a layer, of which this rank holds those that the placement gives it.
 
     Made by :class:`ExpertParallel`. With the identity placement the parameters are ``DTensor`` of all experts,
-    ``Shard(0)`` over the group: a checkpoint has the layer's own names and shapes and loads at any number of ranks.
+    ``Shard(0)`` over the group; with another they are plain tensors of this rank's. Either way a distributed checkpoint
+    has the layer's own names and shapes, every expert once, and loads at any number of ranks and with any placement.
     """
 
     gate_up_proj: nn.Parameter
@@ -78,6 +80,9 @@ class ShardedExperts(nn.Module):
         for name in _PARAMETERS:
             whole = getattr(experts, name)
             self.register_parameter(name, None if whole is None else self._shard(whole, held, placement is None))
+        if placement is not None:
+            self.register_state_dict_post_hook(save_experts)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_pre_hook(load_experts)  # type: ignore[no-untyped-call]
 
     def _shard(self, whole: nn.Parameter, held: list[int], is_identity: bool) -> nn.Parameter:
         own = whole.detach()[torch.tensor(held, dtype=torch.long, device=whole.device)].contiguous()
