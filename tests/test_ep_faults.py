@@ -13,28 +13,32 @@ from hypothesis import strategies as st
 
 from torch_moe.distributed import Placement, agree_on_survivors, placement_of, solve_placement, without_ranks
 
-SCRIPT = Path(__file__).parent / "distributed" / "faults.py"
+FOLDER = Path(__file__).parent / "distributed"
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
 )
 
 
-@pytest.mark.parametrize("fault", ["killed", "hung"])
-def test_a_lost_rank_is_named_and_the_others_go_on(fault, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "fault"),
+    [("faults.py", "killed"), ("faults.py", "hung"), ("lost_rank.py", "killed"), ("lost_rank.py", "stopped")],
+)
+def test_a_lost_rank_is_named_and_the_others_go_on(script, fault, tmp_path):
+    """Plain exchanges, then a layer in training, which goes on without the rank's experts or moves them."""
     options = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    command = [sys.executable, "-W", "error", str(SCRIPT)]
+    command = [sys.executable, "-W", "error", str(FOLDER / script)]
     ranks = [
         subprocess.Popen([*command, str(rank), "3", str(tmp_path / "store"), fault], **options) for rank in range(3)
     ]
     try:
-        errors = [ranks[rank].communicate(timeout=60)[1] for rank in (0, 2)]
+        errors = [ranks[rank].communicate(timeout=120)[1] for rank in (0, 2)]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [ranks[rank].returncode for rank in (0, 2)] == [0, 0], "\n".join(errors)
-    ranks[1].communicate()
-    assert ranks[1].returncode == -signal.SIGKILL
+    told = ranks[1].communicate()[1]
+    assert [ranks[rank].returncode for rank in (0, 2)] == [0, 0], "\n".join([*errors, told])
+    assert ranks[1].returncode == -signal.SIGKILL, told
 
 
 def test_who_is_too_late_is_told_so():

@@ -21,6 +21,7 @@ from torch_moe.distributed.faults import RankLost, agree_on_survivors, guard, re
 from torch_moe.distributed.fsdp import prepare_fsdp
 from torch_moe.distributed.gradients import average_gradients, clip_grad_norm_
 from torch_moe.distributed.layer import ExpertParallel, ShardedExperts
+from torch_moe.distributed.moving import move_experts
 from torch_moe.distributed.placement import Placement
 from torch_moe.distributed.replicas import sum_replica_gradients
 from torch_moe.distributed.tuning import ExchangeCost, best_chunks, measure_exchange, tune_chunks
@@ -42,6 +43,7 @@ __all__ = [
     "experts",
     "guard",
     "measure_exchange",
+    "move_experts",
     "placement_of",
     "prepare_fsdp",
     "rank_loads",
