@@ -80,7 +80,7 @@ def tune_chunks(layer: ExpertParallel, hidden_states: Tensor, *, rounds: int = 3
     hidden_states : Tensor of shape (..., hidden_size)
         A batch of the usual size.
     rounds : int, default=3
-        Runs of each kind that are timed; their medians count, and of the ranks the slowest.
+        Runs of each kind that are timed. The quickest counts, as others only disturb; of the ranks the slowest.
     backward : bool, default=False
         Time forward and backward, not the forward alone. Gradients of the layer are left as they are.
 
@@ -111,9 +111,9 @@ def tune_chunks(layer: ExpertParallel, hidden_states: Tensor, *, rounds: int = 3
         for chunks, samples in times.items():
             experts.num_chunks = chunks
             samples.append(_median(lambda: _run(layer, tokens, backward), 1))
-    medians = _slowest([statistics.median(samples) for samples in times.values()], experts.group_name, device)
-    best = min(medians) / (1 - _LEAST_GAIN)
-    chunks = next(number for number, seconds in zip(candidates, medians, strict=True) if seconds <= best)
+    least = _slowest([min(samples) for samples in times.values()], experts.group_name, device)
+    enough = min(least) / (1 - _LEAST_GAIN)
+    chunks = next(number for number, seconds in zip(candidates, least, strict=True) if seconds <= enough)
     experts.num_chunks = chunks
     return chunks
 
