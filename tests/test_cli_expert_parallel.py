@@ -7,10 +7,15 @@ import sys
 import time
 
 import pytest
+import torch
 from ranks import needs_distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from torch_moe import MoE
 from torch_moe.cli import main
 from torch_moe.cli.expert_parallel import expected_ranks
+from torch_moe.distributed import ExpertParallel, exchange
+from torch_moe.testing import routing
 
 
 def count(capsys, *arguments):
@@ -31,6 +36,36 @@ def test_1024_ranks_are_counted_in_seconds(capsys):
     assert time.process_time() - start < 30
     assert record["ranks_per_token"] == pytest.approx(record["ranks_per_token_formula"], rel=0.01)
     assert 1 <= record["received_rows_most_over_mean"] < 2
+    # Of the layer that was built at this size: its own experts, and what it hands to the exchange.
+    assert record["gate_up_proj_of_rank_0"] == [2, 4096, 7168]
+    assert record["mib_of_experts_on_rank_0"] == 2 * 3 * 2048 * 7168 * 4 / 2**20
+    assert record["rows_of_rank_0"] == pytest.approx(16 * record["ranks_per_token"], rel=0.02)
+    assert record["bytes_per_row"] == 7168 * 4 + 8 * (4 + 4)
+    there_and_back = record["bytes_per_row"] + 7168 * 4
+    away = record["ranks_per_token"] * (1 - 1 / 1024)
+    assert record["off_rank_bytes_per_token"] == pytest.approx(there_and_back * away, rel=1e-3)
+
+
+@needs_distributed
+def test_a_layer_of_1024_ranks_runs_on_one():
+    """Over a group that sends nothing: every rank is told, and sends, what rank 0 sends to itself."""
+    ranks, local, tokens = 1024, 2, 512
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        layer = ExpertParallel(MoE(16, 8, ranks * local, 8), torch.distributed.group.WORLD, num_chunks=2)
+        x = torch.randn(tokens, 16).requires_grad_()
+        ids = routing("uniform", tokens, ranks * local, 8, seed=1)
+        to_itself = ((ids < local).any(dim=1)).view(2, -1).sum(dim=1)
+        assert (to_itself > 0).all()  # the group copies the first rank's rows
+        sent = layer.experts.send(x, torch.rand(tokens, 8), ids)
+        assert [len(exchange.wait(rows)) for rows in sent.received] == (ranks * to_itself).tolist()
+        output = layer(x, route_override=ids)
+        output.sum().backward()
+        assert output.shape == x.grad.shape == x.shape
+        assert layer.experts.down_proj.shape == (ranks * local, 16, 8)
+        assert layer.experts.down_proj.grad.to_local().shape == (local, 16, 8)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_uneven_experts_in_the_formula():
@@ -46,8 +81,24 @@ def test_without_ranks_it_says_how(capsys, monkeypatch):
     assert "torchrun --nproc-per-node 4 -m torch_moe bench --ep" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ep", "--ranks", "4", "--routing", "text"], "--routing must be uniform, zipf or one_expert, got text"),
+        (["--ep", "--ranks", "4", "--dtype", "fp32,bf16"], "--ep takes one --dtype, got fp32,bf16"),
+        (["--ep", "--ranks", "4", "--realtime"], "--ep goes with none of --plot, --transformers, --realtime"),
+        (["--ranks", "4"], "--ranks and --chunks go with --ep"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(capsys, arguments, words):
+    with pytest.raises(SystemExit):
+        main(["bench", *arguments])
+    assert words in capsys.readouterr().err
+
+
 @needs_distributed
 def test_torchrun(tmp_path):
+    """GPT-OSS's activation and biases, routed by its own router on text."""
     output = tmp_path / "ep.jsonl"
     command = [
         sys.executable,
@@ -59,10 +110,27 @@ def test_torchrun(tmp_path):
         "-m",
         "torch_moe",
     ]
-    command += ["bench", "--ep", "--tokens", "16", "--rounds", "1", "--chunks", "2", "--output", str(output)]
+    command += [
+        "bench",
+        "--ep",
+        "--shape",
+        "gpt-oss",
+        "--experts",
+        "4",
+        "--tokens",
+        "16",
+        "--rounds",
+        "1",
+        "--chunks",
+        "2",
+        "--output",
+        str(output),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())
     assert record["ranks"] == 2
+    assert record["routing"] == "text"
+    assert record["shape"] == "gpt-oss"
     assert record["ms"].keys() == {"forward", "forward+backward"}

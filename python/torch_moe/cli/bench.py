@@ -35,9 +35,12 @@ def run(options: argparse.Namespace) -> int:
     """
     shape, scaled = _shapes(options)
     if options.ep:
-        if options.plot is not None or scaled or options.transformers:
-            raise UsageError("--ep goes with neither --plot nor --transformers nor a table over --experts")
+        if options.plot is not None or scaled or options.transformers or options.realtime:
+            raise UsageError("--ep goes with none of --plot, --transformers, --realtime, or a table over --experts")
         return expert_parallel.run(options, shape)
+    if options.ranks is not None or options.chunks != 1:
+        raise UsageError("--ranks and --chunks go with --ep")
+    options.routing = options.routing or "text"
     if options.plot is not None and options.plot.suffix.lower() != ".png":
         raise UsageError(f"--plot draws a PNG: name a file that ends in .png, got {str(options.plot)!r}")
     if options.transformers and (options.plot is not None or scaled or options.routing != "text"):

@@ -38,8 +38,7 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument(
         "--routing",
         choices=ROUTINGS,
-        default="text",
-        help="text: the router decides on real text (default); others replace its choice",
+        help="text: the router decides on real text (default); others replace its choice (--ranks: default uniform)",
     )
     parser.add_argument(
         "--backward",
@@ -56,7 +55,7 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument(
         "--ep",
         action="store_true",
-        help="expert parallelism: time the layer over the ranks that torchrun started, with drawn routing",
+        help="expert parallelism: time the layer over the ranks that torchrun started",
     )
     parser.add_argument("--ranks", type=_positive, help="with --ep: count the traffic of so many ranks, send nothing")
     parser.add_argument("--chunks", type=_positive, default=1, help="with --ep: parts of an exchange (default: 1)")

@@ -95,19 +95,25 @@ def make_problem(shape: LayerShape, dtype: str, routing: str, seed: int, limits:
 
 def _draw_input(layer: MoE, shape: LayerShape, routing: str, seed: int) -> dict[str, Any]:
     """Return the fields of a problem that depend on its input."""
-    dtype = layer.experts.gate_up_proj.dtype
-    hidden_states = text.hidden_states(shape.num_tokens, shape.hidden_size, seed).to(dtype)
-    forced_ids = None
-    if routing != "text":
-        forced_ids = draw_routing(routing, shape.num_tokens, shape.num_experts, shape.top_k, seed=seed)
+    hidden_states, forced_ids = draw_input(shape, layer.experts.gate_up_proj.dtype, routing, seed)
     with torch.no_grad():
         _, topk_weights, topk_ids = layer.router(hidden_states)
     topk_ids = topk_ids if forced_ids is None else forced_ids
     return {
         "hidden_states": hidden_states,
-        "grad_output": torch.randn(hidden_states.shape).to(dtype),
+        "grad_output": torch.randn(hidden_states.shape).to(hidden_states.dtype),
         "forced_ids": forced_ids,
         "topk_weights": topk_weights.requires_grad_(),
         "topk_ids": topk_ids,
         "tokens_per_expert": tuple(ops.plan(topk_ids, shape.num_experts).tokens_per_expert.tolist()),
     }
+
+
+def draw_input(
+    shape: LayerShape, dtype: torch.dtype, routing: str, seed: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return text as hidden states (T, H), and the experts (T, K) that replace the router's choice, if any do."""
+    hidden_states = text.hidden_states(shape.num_tokens, shape.hidden_size, seed).to(dtype)
+    if routing == "text":
+        return hidden_states, None
+    return hidden_states, draw_routing(routing, shape.num_tokens, shape.num_experts, shape.top_k, seed=seed)

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def start(rows: Tensor, send: Sequence[int], receive: Sequence[int], group_name: str) -> Tensor:
@@ -40,6 +41,11 @@ def wait(received: Tensor) -> Tensor:
     """Wait for what :func:`start` or a functional collective returned, and return it."""
     done: Tensor = torch.ops._c10d_functional.wait_tensor(received)
     return done
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a ``DTensor``; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def check_splits(send: Sequence[int], receive: Sequence[int], group_name: str, device: torch.device) -> None:

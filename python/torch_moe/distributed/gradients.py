@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torch_moe.distributed.exchange import local
 from torch_moe.distributed.layer import ShardedExperts
 from torch_moe.distributed.replicas import sum_replica_gradients
 
@@ -55,8 +56,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for grad in grads:
-        local = grad.to_local() if isinstance(grad, DTensor) else grad
-        local.mul_(factor.to(local.dtype))
+        own = local(grad)
+        own.mul_(factor.to(own.dtype))
     return total
 
 
@@ -84,7 +85,7 @@ def average_gradients(model: nn.Module, group: torch.distributed.ProcessGroup | 
         grad = parameter.grad
         if isinstance(grad, DTensor) or id(parameter) in of_experts:
             if grad is not None:
-                (grad.to_local() if isinstance(grad, DTensor) else grad).div_(ranks)
+                local(grad).div_(ranks)
             continue
         # A rank whose tokens did not touch a parameter takes part, too.
         if grad is None:

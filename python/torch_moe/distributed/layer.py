@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch_moe import ops
 from torch_moe.distributed.agreement import agree
 from torch_moe.distributed.checkpoint import load_experts, save_experts
+from torch_moe.distributed.exchange import local
 from torch_moe.distributed.placement import Placement
 from torch_moe.nn._common import require, uniform_by_fan_in_
 from torch_moe.nn.layer import MoE, Routing
@@ -96,8 +97,9 @@ class ShardedExperts(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all parameters anew, from one seed the same numbers as the layer that holds all experts."""
         hidden, intermediate = self.config.hidden_size, self.config.intermediate_size
-        local = [None if parameter is None else _local(parameter) for parameter in self._parameters.values()]
-        gate_up, down, gate_up_bias, down_bias = local
+        gate_up, down, gate_up_bias, down_bias = (
+            None if parameter is None else local(parameter) for parameter in self._parameters.values()
+        )
         for expert in range(self.num_experts):
             places = [place for place, held in enumerate(self.experts) if held == expert]
             for weight, bias, size, fan_in in (
@@ -158,7 +160,7 @@ class ShardedExperts(nn.Module):
     def finish(self, sent: Sent) -> Tensor:
         """Compute what arrived and return the tokens' weighted sums (num_tokens, hidden_size)."""
         dtype = autocast_dtype(sent.hidden_states)
-        parameters = [None if parameter is None else _local(parameter) for parameter in self._parameters.values()]
+        parameters = [None if parameter is None else local(parameter) for parameter in self._parameters.values()]
         if dtype is not None:
             parameters = [None if parameter is None else parameter.to(dtype) for parameter in parameters]
         gate_up, down, gate_up_bias, down_bias = parameters
@@ -190,7 +192,7 @@ class ShardedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan) -> Tensor:
         """Compute the experts, all of which this rank holds: what :class:`torch_moe.Experts` does, bit for bit."""
         gate_up, down, gate_up_bias, down_bias = (
-            None if parameter is None else _local(parameter) for parameter in self._parameters.values()
+            None if parameter is None else local(parameter) for parameter in self._parameters.values()
         )
         assert gate_up is not None
         assert down is not None
@@ -203,10 +205,6 @@ class ShardedExperts(nn.Module):
             f"{self.config}, ep_size={self.ep_size}, ep_rank={self.ep_rank}, experts={self.experts}, "
             f"num_chunks={self.num_chunks}, wire={self.wire}"
         )
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class ExpertParallel(MoE):

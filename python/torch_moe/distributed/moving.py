@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
 
 from torch_moe.distributed import exchange
 from torch_moe.distributed.layer import ExpertParallel
@@ -70,13 +69,12 @@ def move_experts(
             f"move_experts: experts {missing} are on no rank of the group (leave them out, or load a checkpoint)"
         )
     for name, parameter in old.named_parameters(recurse=False):
-        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        tensor = _moved(own.detach(), before, after, new.ep_rank, new.group_name)
+        tensor = _moved(exchange.local(parameter.detach()), before, after, new.ep_rank, new.group_name)
         replacement = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         setattr(new, name, replacement)
         if optimizer is not None:
             state = {
-                key: _moved(_local(value), before, after, new.ep_rank, new.group_name)
+                key: _moved(exchange.local(value), before, after, new.ep_rank, new.group_name)
                 if isinstance(value, Tensor) and value.shape == parameter.shape
                 else value
                 for key, value in _state_of(optimizer, parameter).items()
@@ -94,10 +92,6 @@ def _whole(layer: ExpertParallel) -> MoE:
     for name, parameter in layer.experts.named_parameters(recurse=False):
         getattr(whole.experts, name).requires_grad_(parameter.requires_grad)
     return whole
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _moved(own: Tensor, before: list[list[int]], after: list[list[int]], rank: int, group_name: str) -> Tensor:
