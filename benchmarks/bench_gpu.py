@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from gpu_cases import (
     DECODE,
+    EXCHANGE,
     FINE,
     LAYER,
     TINY,
     TOLERATED,
     Case,
     decode_case,
+    gather_case,
     grouped_gemm_cases,
     layer_case,
-    memory_cases,
 )
+from gpu_memory import exchange_cases, router_cases, row_cases
 from gpu_time import Ceilings, measure, measure_ceilings, spread_text
 
 
@@ -39,9 +41,12 @@ def groups(device: torch.device, *, quick: bool, tiny: bool) -> Iterator[Callabl
             yield partial(layer_case, shape, routing_name, device, backward=backward)
     for num_tokens in (1, 8, 32):
         yield partial(decode_case, num_tokens, device, decode)
+    yield partial(router_cases, layer, device)
     yield partial(grouped_gemm_cases, layer, device)
+    yield partial(gather_case, layer, device)
+    yield partial(row_cases, layer, device)
     if not quick:
-        yield partial(memory_cases, layer, device)
+        yield partial(exchange_cases, TINY if tiny else EXCHANGE, device)
 
 
 def records(case: Case, device: torch.device, rounds: int, ceilings: Ceilings) -> list[dict[str, Any]]:
@@ -120,7 +125,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append JSON lines to this file")
     parser.add_argument("--budget", type=float, default=180.0, help="seconds; no case is begun after them")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="without Zipf routing and the operators that move bytes")
+    parser.add_argument(
+        "--quick", action="store_true", help="without Zipf routing and the exchange of expert parallelism"
+    )
     parser.add_argument("--tiny", action="store_true", help="small sizes: to test this program")
     args = parser.parse_args()
     device = torch.device(args.device)

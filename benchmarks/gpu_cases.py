@@ -19,6 +19,7 @@ from torch_moe.testing import Shape, routing
 
 DTYPE = torch.bfloat16
 LAYER = Shape(num_tokens=32768, hidden_size=4096, intermediate_size=1024, num_experts=128, top_k=8)
+EXCHANGE = Shape(num_tokens=4096, hidden_size=2048, intermediate_size=768, num_experts=128, top_k=8)
 FINE = Shape(num_tokens=65536, hidden_size=1024, intermediate_size=672, num_experts=31, top_k=3)
 DECODE = Shape(num_tokens=1, hidden_size=2816, intermediate_size=704, num_experts=128, top_k=8)
 TINY = Shape(num_tokens=24, hidden_size=32, intermediate_size=16, num_experts=4, top_k=2)
@@ -262,57 +263,32 @@ def grouped_gemm_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
         )
 
 
-def memory_cases(shape: Shape, device: torch.device) -> Iterator[Case]:
-    """The operators that move bytes: route, plan, permute, activation, combine, each next to plain torch."""
-    tokens, hidden, intermediate, experts, top_k = shape
-    num_rows = tokens * top_k
-    logits = randn(tokens, experts, device=device, seed=1, dtype=torch.float32)
-    ids = routing("uniform", tokens, experts, top_k).to(device)
-    plan = ops.plan(ids, experts)
-    weights = randn(tokens, top_k, device=device, seed=2, dtype=torch.float32).softmax(dim=-1)
-    x = randn(tokens, hidden, device=device, seed=3)
+def gather_case(shape: Shape, device: torch.device) -> Iterator[Case]:
+    """The experts on tokens in any order, whose rows are gathered, next to the same on tokens in the experts' order.
 
-    def torch_route() -> Tensor:
-        values = logits.softmax(dim=-1).topk(top_k, dim=-1).values
-        return values / values.sum(dim=-1, keepdim=True)
+    One expert per token, so that there is a row per token and both orders do the same work.
+    """
+    one = shape._replace(num_tokens=shape.num_tokens * shape.top_k, top_k=1)
+    problem = Problem.make(one, "uniform", device)
+    order = problem.topk_ids.flatten().sort(stable=True).indices
+    ordered_ids, ordered = problem.topk_ids[order].contiguous(), problem.hidden_states[order].contiguous()
+    weights = torch.ones_like(problem.topk_weights)
+    gathered, contiguous = (ops.plan(ids, one.num_experts) for ids in (problem.topk_ids, ordered_ids))
+    tensors = (problem.gate_up_proj, problem.down_proj, weights)
 
-    yield Case(
-        "route",
-        {"torch_moe": lambda: ops.route(logits, top_k), "torch": torch_route},
-        bytes=logits.nbytes + 8 * num_rows,
-        error=lambda: relative_error(ops.route(logits, top_k)[0], torch_route()),
-    )
-    order = ids.flatten().sort(stable=True).indices
-    yield Case(
-        "plan",
-        {"torch_moe": lambda: ops.plan(ids, experts), "torch": lambda: ids.flatten().sort(stable=True)},
-        bytes=12 * num_rows,
-        error=lambda: relative_error(ops.plan(ids, experts).row_to_slot, order),
-    )
-    source = (plan.row_to_slot // top_k).long()
-    yield Case(
-        "permute",
-        {"torch_moe": lambda: ops.permute(x, plan), "torch": lambda: x.index_select(0, source)},
-        bytes=(tokens + num_rows) * hidden * DTYPE.itemsize,
-        error=lambda: relative_error(ops.permute(x, plan), x.index_select(0, source)),
-    )
-    rows = ops.permute(x, plan)
-    back = plan.slot_to_row.flatten().long()
-
-    def torch_combine() -> Tensor:
-        return (rows.index_select(0, back).view(tokens, top_k, hidden) * weights[..., None].to(DTYPE)).sum(dim=1)
+    def stages() -> Tensor:
+        rows = ops.activation(ops.grouped_gemm(ordered, problem.gate_up_proj, contiguous.expert_offsets))
+        return ops.grouped_gemm(rows, problem.down_proj, contiguous.expert_offsets)
 
     yield Case(
-        "combine",
-        {"torch_moe": lambda: ops.combine(rows, weights, plan), "torch": torch_combine},
-        bytes=(tokens + num_rows) * hidden * DTYPE.itemsize,
-        error=lambda: relative_error(ops.combine(rows, weights, plan), x),  # the weights of a token sum to one
-    )
-    pre_activation = randn(num_rows, 2 * intermediate, device=device, seed=4)
-    gate, up = pre_activation.chunk(2, dim=-1)
-    yield Case(
-        "activation",
-        {"torch_moe": lambda: ops.activation(pre_activation), "torch": lambda: functional.silu(gate) * up},
-        bytes=3 * num_rows * intermediate * DTYPE.itemsize,
-        error=lambda: relative_error(ops.activation(pre_activation), functional.silu(gate.float()) * up.float()),
+        "gather",
+        {
+            "torch_moe": lambda: ops.experts(problem.hidden_states, *tensors, gathered),
+            "rows_in_order": lambda: ops.experts(ordered, *tensors, contiguous),
+            "grouped_gemm_in_order": stages,  # neither gathers nor fuses
+        },
+        flops=problem.forward_flops,
+        error=lambda: relative_error(
+            ops.experts(problem.hidden_states, *tensors, gathered)[order], ops.experts(ordered, *tensors, contiguous)
+        ),
     )

@@ -101,10 +101,22 @@ def architectures(check: Check) -> list[str]:
     return [f"-DCMAKE_CUDA_ARCHITECTURES={check.architectures}"] if check.architectures else []
 
 
+def missing_tools() -> list[str]:
+    """Return what compiling needs and this machine lacks, in words that say what to install."""
+    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    needed = {
+        "a C++20 compiler (g++, or CXX)": compilers,
+        "cmake": ["cmake"],
+        "ninja or make": ["ninja", "make"],
+        "nvcc >= 12.4 (the CUDA toolkit's bin folder on the PATH)": ["nvcc"],
+    }
+    return [what for what, names in needed.items() if not any(name and shutil.which(name) for name in names)]
+
+
 def build(check: Check) -> Outcome:
     """Install the package into a folder of its own, with the torch and the nvcc that are there."""
     missing = [name for name in BUILD_MODULES if importlib.util.find_spec(name) is None]
-    missing += [name for name in ("cmake", "nvcc") if shutil.which(name) is None]
+    missing += missing_tools()
     if missing:
         return Outcome("skipped", f"to build, {sys.executable} needs {', '.join(missing)}")
     shutil.rmtree(SITE, ignore_errors=True)
@@ -126,7 +138,7 @@ def kernels(check: Check) -> Outcome:
     """Build the kernel tests that `make test-cuda` executes on the CPU for the device, and run them there."""
     if not check.gpu:
         return Outcome("skipped", "there is no GPU")
-    missing = [name for name in ("cmake", "nvcc") if shutil.which(name) is None]
+    missing = missing_tools()
     if missing:
         return Outcome("skipped", f"to build, it needs {', '.join(missing)}")
     end = time.monotonic() + check.limit("kernels")
