@@ -101,14 +101,15 @@ STABLE_TORCH_LIBRARY(moe, m) {
       "ep_experts(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, "
       "Tensor rank_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor physical_ids, Tensor received_counts, "
       "Tensor[] received, Tensor? gate_up_bias=None, Tensor? down_bias=None, *, str group_name, int num_local_experts, "
-      "str wire='input', int capacity=0, str activation, str gate_layout, str weight_layout, float alpha, float? "
-      "limit, "
-      "float up_offset, bool save=True, bool recompute=False) -> (Tensor output, Tensor[] saved)");
+      "str wire='input', bool check=False, int capacity=0, str activation, str gate_layout, str weight_layout, "
+      "float alpha, float? limit, float up_offset, bool save=True, bool recompute=False) "
+      "-> (Tensor output, Tensor[] saved)");
   m.def(
       "ep_experts_backward(Tensor grad_output, Tensor gate_up_proj, Tensor down_proj, Tensor rank_offsets, "
       "Tensor row_to_slot, Tensor slot_to_row, Tensor physical_ids, Tensor received_counts, Tensor[] saved, "
-      "Tensor? gate_up_bias, Tensor? down_bias, *, str group_name, int num_local_experts, str activation, "
-      "str gate_layout, str weight_layout, float alpha, float? limit, float up_offset, bool needs_projections, "
-      "bool needs_biases) -> (Tensor grad_hidden_states, Tensor grad_gate_up_proj, Tensor grad_down_proj, "
+      "Tensor? gate_up_bias, Tensor? down_bias, *, str group_name, int num_local_experts, bool check=False, "
+      "str activation, str gate_layout, str weight_layout, float alpha, float? limit, float up_offset, "
+      "bool needs_projections, bool needs_biases) -> (Tensor grad_hidden_states, Tensor grad_gate_up_proj, Tensor "
+      "grad_down_proj, "
       "Tensor grad_topk_weights, Tensor grad_gate_up_bias, Tensor grad_down_bias)");
 }

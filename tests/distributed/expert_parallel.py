@@ -127,9 +127,9 @@ def counted_bytes(rank):
     """Count what leaves this rank, exchange by exchange."""
     sent, original = [], exchange.start
 
-    def start(rows, send, receive, group_name):
+    def start(rows, send, receive, group_name, **options):
         sent.append((sum(send) - send[rank]) * rows[:1].nbytes if len(rows) else 0)
-        return original(rows, send, receive, group_name)
+        return original(rows, send, receive, group_name, **options)
 
     exchange.start = start
     yield sent
@@ -254,6 +254,17 @@ def test_splits_that_disagree(rank, world_size):
         parallel(torch.randn(5, H))
         if rank > 1:  # sees rank 1's, and only that
             raise AssertionError
+    distributed.barrier()
+
+
+def test_backward_in_different_order(rank, world_size):
+    """What would exchange garbage, or hang, is an error on every rank where that is checked."""
+    parallel = ExpertParallel(make_layer(), distributed.group.WORLD, check=True)
+    outputs = [parallel(torch.randn(count, H)) for count in (9, 4)]
+    words = "exchange: the numbers of rows must agree between ranks, but rank", "expects", "which sends"
+    with Raises(RuntimeError, *words):
+        for output in outputs if rank == 0 else reversed(outputs):
+            output.sum().backward()
     distributed.barrier()
 
 

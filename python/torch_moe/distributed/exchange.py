@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def start(rows: Tensor, send: Sequence[int], receive: Sequence[int], group_name: str) -> Tensor:
+def start(rows: Tensor, send: Sequence[int], receive: Sequence[int], group_name: str, *, check: bool = False) -> Tensor:
     """Start to send ``send[d]`` rows to each rank ``d`` and to receive ``receive[d]`` from it, in the order of ranks.
 
     Parameters
@@ -25,6 +25,8 @@ def start(rows: Tensor, send: Sequence[int], receive: Sequence[int], group_name:
         One number per rank of the group. Backends do not compare them between ranks: see :func:`check_splits`.
     group_name : str
         Of the process group.
+    check : bool, default=False
+        Compare the numbers between ranks first.
 
     Returns
     -------
@@ -33,6 +35,8 @@ def start(rows: Tensor, send: Sequence[int], receive: Sequence[int], group_name:
     """
     if rows.shape[0] != sum(send):
         raise ValueError(f"exchange: rows must have sum(send) = {sum(send)} rows, got {rows.shape[0]}")
+    if check:
+        check_splits(send, receive, group_name, rows.device)
     received: Tensor = torch.ops._c10d_functional.all_to_all_single(rows, list(receive), list(send), group_name)
     return received
 

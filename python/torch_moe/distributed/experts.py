@@ -80,9 +80,7 @@ def _dispatch(
     received = []
     for chunk in range(num_chunks):
         send, receive = known.send(chunk), known.receive(chunk)
-        if check:
-            exchange.check_splits(send, receive, group_name, rows.device)
-        received.append(exchange.start(rows[known.bounds(chunk)], send, receive, group_name))
+        received.append(exchange.start(rows[known.bounds(chunk)], send, receive, group_name, check=check))
     return received_counts, received
 
 
@@ -150,6 +148,7 @@ def _experts(
     group_name: str,
     num_local_experts: int,
     wire: str = "input",
+    check: bool = False,
     capacity: int = 0,
     save: bool = True,
     recompute: bool = False,
@@ -183,7 +182,7 @@ def _experts(
             save_pre_activation=save and not recompute,
             **options,
         )
-        returned.append(exchange.start(sums, known.receive(chunk), known.send(chunk), group_name))
+        returned.append(exchange.start(sums, known.receive(chunk), known.send(chunk), group_name, check=check))
         if save:
             saved += [*index, pre_activation]
     sums = _joined([exchange.wait(rows) for rows in returned])
@@ -249,6 +248,7 @@ def _experts_backward(
     num_local_experts: int,
     needs_projections: bool,
     needs_biases: bool,
+    check: bool = False,
     **options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send gradients of the outputs along the plan, and what they make of tokens and weights back."""
@@ -258,7 +258,8 @@ def _experts_backward(
     used, hidden_size = row_to_slot[: known.rows_sent], grad_output.shape[1]
     rows = torch.ops.moe.permute(grad_output, rank_offsets, used, slot_to_row)
     arriving = [
-        exchange.start(rows[known.bounds(c)], known.send(c), known.receive(c), group_name) for c in range(len(chunks))
+        exchange.start(rows[known.bounds(c)], known.send(c), known.receive(c), group_name, check=check)
+        for c in range(len(chunks))
     ]
     # With several chunks the rows are put together once, for which a rank without experts has no use.
     at_once = len(chunks) == 1 or gate_up_proj.shape[0] == 0
@@ -282,7 +283,7 @@ def _experts_backward(
             **options,
         )
         packed = torch.ops.moe.ep_pack(results[0], results[3], None, None, 1, 1)
-        returned.append(exchange.start(packed, known.receive(chunk), known.send(chunk), group_name))
+        returned.append(exchange.start(packed, known.receive(chunk), known.send(chunk), group_name, check=check))
     if not at_once and (needs_projections or needs_biases):
         results = _parameter_gradients(
             known,

@@ -75,7 +75,9 @@ class ShardedExperts(nn.Module):
         self.capacity = capacity or 0
         self.check = check
         self.placement = Placement.identity(self.num_experts, self.ep_size) if placement is None else placement
-        self.register_buffer("_table", None if placement is None else placement.table, persistent=False)
+        device = torch.device("cpu") if experts.down_proj.is_meta else experts.down_proj.device
+        table = None if placement is None else placement.table.to(device)
+        self.register_buffer("_table", table, persistent=False)
         self.experts = self.placement.experts_of(self.ep_rank)  # which expert each of the local ones is
         held = [max(expert, 0) for expert in self.experts]
         for name in _PARAMETERS:
@@ -182,6 +184,7 @@ class ShardedExperts(nn.Module):
             group_name=self.group_name,
             num_local_experts=self.placement.num_local_experts,
             wire=self.wire,
+            check=self.check,
             capacity=self.capacity,
             save=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable),
             recompute=self.config.recompute,
@@ -234,7 +237,8 @@ class ExpertParallel(MoE):
         less per forward, more bytes. Where a rank has more for another, all send again, exactly: nothing is dropped.
         None: as many rows as there are.
     check : bool, default=False
-        Before each exchange compare between all ranks how many rows they are about to send and to receive.
+        Before each exchange, also in the backward, compare between all ranks how many rows they are about to send and
+        to receive: backends move garbage where those differ, as when ranks call their layers in different order.
 
     Raises
     ------
@@ -257,7 +261,7 @@ class ExpertParallel(MoE):
         capacity: int | None = None,
         check: bool = False,
     ) -> None:
-        mesh = _mesh(group)
+        mesh = _mesh(group, layer)
         options = {"num_chunks": num_chunks, "wire": wire, "capacity": capacity, "check": check}
         facts = {**options, "dtype": layer.router.weight.dtype}
         facts |= {"config": layer.config}
@@ -303,7 +307,7 @@ class ExpertParallel(MoE):
         return output, Routing(routed.router_logits, routed.topk_ids, routed.topk_weights, plan.tokens_per_expert)
 
 
-def _mesh(group: DeviceMesh | ProcessGroup) -> DeviceMesh:
+def _mesh(group: DeviceMesh | ProcessGroup, layer: MoE) -> DeviceMesh:
     if isinstance(group, DeviceMesh):
         names = group.mesh_dim_names or ()
         require(
@@ -312,8 +316,9 @@ def _mesh(group: DeviceMesh | ProcessGroup) -> DeviceMesh:
             f"group must be a mesh of one dimension or with one named 'ep', got dimensions {list(names)}",
         )
         return group["ep"] if group.ndim > 1 else group
-    backend = torch.distributed.get_backend(group)
-    return DeviceMesh.from_group(group, "cuda" if backend == "nccl" else "cpu")
+    # gloo works where the layer is; NCCL on GPUs alone.
+    on_gpu = torch.distributed.get_backend(group) == "nccl" or layer.router.weight.is_cuda
+    return DeviceMesh.from_group(group, "cuda" if on_gpu else "cpu")
 
 
 def _problem(layer: MoE, placement: Placement | None, ep_size: int, options: dict[str, Any]) -> str | None:

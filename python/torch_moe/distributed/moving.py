@@ -80,7 +80,7 @@ def move_experts(
                 for key, value in _state_of(optimizer, parameter).items()
             }
             _replace(optimizer, parameter, replacement, state)
-    new._table = placement.table.to(next(new.parameters()).device)
+    new._table = placement.table.to(new.down_proj.device)
     return moved.train(layer.training)
 
 
