@@ -102,6 +102,39 @@ def with_fsdp(rank, world_size):
     check_gradients(layer, expected)
 
 
+def save_fsdp(rank, world_size, path):
+    """Experts over two ranks, each expert's part over two more; every rank holds numbers of its own."""
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("fsdp", "ep"))
+    layer = Block(ExpertParallel(make_layer(), mesh))
+    prepare_fsdp(layer, mesh)
+    fully_shard(layer, mesh=mesh["fsdp", "ep"]._flatten("every"))
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    layer(tokens(rank)).square().mean().backward()
+    optimizer.step()
+    state = {"model": layer.state_dict(), "optimizer": get_optimizer_state_dict(layer, optimizer)}
+    checkpoint.save(state, checkpoint_id=path)
+    everything = {name: whole(tensor) for name, tensor in state["model"].items()}
+    if rank == 0:
+        torch.save(everything, f"{path}.pt")
+
+
+def load_fsdp(path):
+    """What two meshes saved, on one."""
+    expected = torch.load(f"{path}.pt")
+    plain, parallel = Block(make_layer()), Block(ExpertParallel(make_layer(), distributed.group.WORLD))
+    for layer in (plain, parallel):
+        state = {"model": layer.state_dict()}
+        checkpoint.load(state, checkpoint_id=path)
+        layer.load_state_dict(state["model"])
+        assert layer.state_dict().keys() == expected.keys()
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(whole(tensor), expected[name]), name
+    for (name, tensor), (_, first) in zip(
+        plain.state_dict().items(), Block(make_layer()).state_dict().items(), strict=True
+    ):
+        assert not torch.equal(tensor, first), name  # it was trained
+
+
 def recomputed(rank):
     layer = ExpertParallel(make_layer(), distributed.group.WORLD)
     x, again = tokens(rank).requires_grad_(), tokens(rank).requires_grad_()
@@ -244,6 +277,7 @@ def main(rank, world_size, path, part):
     if part == "load":
         load(folder)
         load_placed(rank, world_size, f"{folder}-placed")
+        load_fsdp(f"{folder}-fsdp")
     else:
         without_fsdp(rank, world_size)
         with_replicas(rank, world_size)
@@ -253,6 +287,7 @@ def main(rank, world_size, path, part):
         compiled(rank)
         save(folder)
         save_placed(rank, world_size, f"{folder}-placed")
+        save_fsdp(rank, world_size, f"{folder}-fsdp")
     distributed.destroy_process_group()
 
 
