@@ -1,7 +1,10 @@
 """The README tells the truth: its example runs, and the places it names exist."""
 
+import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +113,19 @@ def test_expert_parallel_example_runs(monkeypatch, capsys):
     finally:
         torch.distributed.destroy_process_group()
     assert capsys.readouterr().out == "torch.Size([16, 256, 64])\n"
+
+
+def test_two_meshes_example_runs(tmp_path):
+    """On four ranks, by torchrun; all ranks clip by the same norm."""
+    code = re.search(r"```python\n(.*?)```", between("expert-parallel-fsdp"), re.DOTALL).group(1)
+    (tmp_path / "script.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "script.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    norms = re.findall(r"^norm (\S+)$", done.stdout, re.MULTILINE)
+    assert len(norms) == 12
+    assert all(norms.count(norm) % 4 == 0 for norm in norms), norms
+    assert len(list((tmp_path / "checkpoint").glob("*.distcp"))) == 4
