@@ -8,8 +8,8 @@
 
 namespace moe::cuda {
 
-constexpr int kGemmThreads = 256;
-constexpr int kSlabRows = 64;  // a tile is finished in slabs of this many rows
+constexpr int kGemmThreads = 256;  // of a block, where a kernel does not say otherwise
+constexpr int kSlabRows = 64;      // a tile is finished in slabs of this many rows
 template <typename T>
 constexpr int kUnit = kPiece<T>;  // columns of a thread
 
@@ -173,20 +173,20 @@ __device__ __forceinline__ void add_bias(const EpilogueArgs<T>& args, int32_t ex
   for (int j = 0; j < kUnit<T>; ++j) x[j] += bias[j];
 }
 
-// Calls fn(row, c, count) for the thread's units of a slab, c every `step` columns up to `columns`. All threads of a
-// warp make the same number of calls.
-template <int kStep, typename Fn>
+// Calls fn(row, c) for the thread's units of a slab, c every kStep columns up to `columns`; the threads of the slab are
+// kThreads consecutive ones, a multiple of it from 0 on. All threads of a warp make the same number of calls.
+template <int kStep, int kThreads, typename Fn>
 __device__ __forceinline__ void for_units(int columns, const Fn& fn) {
   const int per_row = columns / kStep;
-  for (int unit = static_cast<int>(threadIdx.x); unit < kSlabRows * per_row; unit += kGemmThreads) {
+  for (int unit = static_cast<int>(threadIdx.x) % kThreads; unit < kSlabRows * per_row; unit += kThreads) {
     fn(unit / per_row, unit % per_row * kStep);
   }
 }
 
-template <typename T, int kColumns>
+template <typename T, int kColumns, int kThreads>
 __device__ __forceinline__ void finish_store(const EpilogueArgs<T>& args, const Wide<T>* slab, int64_t first_row,
                                              int64_t rows, int32_t expert, const ColumnTile& columns) {
-  for_units<kUnit<T>>(kColumns, [&](int row, int c) {
+  for_units<kUnit<T>, kThreads>(kColumns, [&](int row, int c) {
     const int64_t count = columns.left(c);
     if (row >= rows || count <= 0) return;
     Wide<T> x[kUnit<T>];
@@ -203,7 +203,7 @@ __device__ __forceinline__ void finish_store(const EpilogueArgs<T>& args, const 
   });
 }
 
-template <typename T, int kColumns>
+template <typename T, int kColumns, int kThreads>
 __device__ __forceinline__ void finish_activation(const EpilogueArgs<T>& args, const Wide<T>* slab, int64_t first_row,
                                                   int64_t rows, int32_t expert, const ColumnTile& columns) {
   const auto finish_unit = [&](auto act, int row, int c, int c_up) {
@@ -227,19 +227,19 @@ __device__ __forceinline__ void finish_activation(const EpilogueArgs<T>& args, c
   };
   with_activation(args.gate.kind, [&](auto act) {
     if (args.gate.interleaved)
-      for_units<2 * kUnit<T>>(kColumns, [&](int row, int c) { finish_unit(act, row, c, c + kUnit<T>); });
+      for_units<2 * kUnit<T>, kThreads>(kColumns, [&](int row, int c) { finish_unit(act, row, c, c + kUnit<T>); });
     else
-      for_units<kUnit<T>>(columns.half, [&](int row, int c) { finish_unit(act, row, c, c + columns.half); });
+      for_units<kUnit<T>, kThreads>(columns.half, [&](int row, int c) { finish_unit(act, row, c, c + columns.half); });
   });
 }
 
-template <typename T, int kColumns>
+template <typename T, int kColumns, int kThreads>
 __device__ __forceinline__ void finish_backward(const EpilogueArgs<T>& args, const Wide<T>* slab, int64_t first_row,
                                                 int64_t rows, const ColumnTile& columns) {
   constexpr int kLanes = kPartialColumns / kUnit<T>;  // neighbours, whose units make one partial sum
   static_assert(kLanes <= 32, "a partial sum is a shuffle within a warp");
   with_activation(args.gate.kind, [&](auto act) {
-    for_units<kUnit<T>>(kColumns, [&](int row, int c) {
+    for_units<kUnit<T>, kThreads>(kColumns, [&](int row, int c) {
       const int64_t count = columns.left(c);
       Wide<T> sum = 0;
       if (row < rows && count > 0) {
@@ -271,18 +271,18 @@ __device__ __forceinline__ void finish_backward(const EpilogueArgs<T>& args, con
 }
 
 // Rows [first_row, first_row + rows) of a tile, rows <= kSlabRows; the first of them is row 0 of `slab`.
-template <typename T, int kColumns>
+template <typename T, int kColumns, int kThreads = kGemmThreads>
 __device__ __attribute__((noinline)) void finish_slab(const EpilogueArgs<T>* args, const Wide<T>* slab,
                                                       int64_t first_row, int64_t rows, int32_t expert,
                                                       int64_t column_tile) {
   const ColumnTile columns = args->template columns<kColumns>(column_tile);
   switch (args->kind) {
     case Epilogue::kStore:
-      return finish_store<T, kColumns>(*args, slab, first_row, rows, expert, columns);
+      return finish_store<T, kColumns, kThreads>(*args, slab, first_row, rows, expert, columns);
     case Epilogue::kActivation:
-      return finish_activation<T, kColumns>(*args, slab, first_row, rows, expert, columns);
+      return finish_activation<T, kColumns, kThreads>(*args, slab, first_row, rows, expert, columns);
     case Epilogue::kActivationBackward:
-      return finish_backward<T, kColumns>(*args, slab, first_row, rows, columns);
+      return finish_backward<T, kColumns, kThreads>(*args, slab, first_row, rows, columns);
   }
 }
 

@@ -13,6 +13,7 @@ struct Rule {
   int first_architecture, last_architecture;
   bool (*takes)(DType dtype, bool allow_tf32);
   int64_t row_bytes;
+  int64_t tile_rows;  // the most that tiles may have: tile_rows_for goes by the mean rows of an expert
   Status (*gemm)(const GemmTask& task, const CudaContext& cuda);
   Status (*wgrad)(const WgradTask& task, const CudaContext& cuda);
 };
@@ -25,17 +26,18 @@ constexpr bool is_half_or_tf32(DType dtype, bool allow_tf32) {
 
 constexpr Rule kRules[] = {
 #if defined(MOE_CUDA_SM90) || defined(CUDA_ON_CPU)  // else it was not compiled
-    {"sm90_wgmma", 90, 90, is_half, 16, gemm_sm90, wgrad_sm90},
+    {"sm90_few_rows", 90, 90, is_half, 16, 64, gemm_sm90_few, wgrad_sm90},
+    {"sm90_wgmma", 90, 90, is_half, 16, 128, gemm_sm90, wgrad_sm90},
 #endif
-    {"sm80_mma", 80, 999, is_half_or_tf32, 1, gemm_sm80, wgrad_sm80},
-    {"simt", 80, 999, any, 1, gemm_simt, wgrad_simt},
+    {"sm80_mma", 80, 999, is_half_or_tf32, 1, 128, gemm_sm80, wgrad_sm80},
+    {"simt", 80, 999, any, 1, 128, gemm_simt, wgrad_simt},
 };
 
 // `alignment` is an or of addresses and bytes of rows: its trailing zeros are what they have in common.
-const Rule* find_rule(int architecture, DType dtype, int64_t alignment, bool allow_tf32) {
+const Rule* find_rule(int architecture, DType dtype, int64_t alignment, int64_t tile_rows, bool allow_tf32) {
   for (const Rule& rule : kRules) {
     if (rule.first_architecture <= architecture && architecture <= rule.last_architecture &&
-        rule.takes(dtype, allow_tf32) && alignment % rule.row_bytes == 0) {
+        rule.takes(dtype, allow_tf32) && alignment % rule.row_bytes == 0 && tile_rows <= rule.tile_rows) {
       return &rule;
     }
   }
@@ -48,14 +50,14 @@ int64_t alignment_of(DType dtype, int64_t columns, int64_t other_columns, Pointe
          (columns | other_columns) * static_cast<int64_t>(size_of(dtype));
 }
 
-Status choose(DType dtype, int64_t alignment, const CudaContext& cuda, const Rule*& rule) {
+Status choose(DType dtype, int64_t alignment, int64_t tile_rows, const CudaContext& cuda, const Rule*& rule) {
   int major = 0, minor = 0;
   for (const auto& [value, attribute] :
        {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&minor, cudaDevAttrComputeCapabilityMinor}}) {
     const Status status = device_attribute(*value, attribute, cuda);
     if (status != Status::kOk) return status;
   }
-  rule = find_rule(10 * major + minor, dtype, alignment, cuda.allow_tf32);
+  rule = find_rule(10 * major + minor, dtype, alignment, tile_rows, cuda.allow_tf32);
   if (rule == nullptr) return unsupported("grouped_gemm", "needs a GPU of compute capability 8.0 or later", cuda);
   return Status::kOk;
 }
@@ -70,7 +72,7 @@ Status gemm(const GemmTask& task, const CudaContext& cuda) {
   const int64_t alignment =
       alignment_of(task.dtype, halves ? task.n / 2 : task.n, task.k, task.output, task.rows, task.weight, task.bias,
                    task.pre_activation, task.grad_pre_activation, task.saved_pre_activation);
-  const Status status = choose(task.dtype, alignment, cuda, rule);
+  const Status status = choose(task.dtype, alignment, task.schedule.tile_rows, cuda, rule);
   return status == Status::kOk ? rule->gemm(task, cuda) : status;
 }
 
@@ -78,7 +80,7 @@ Status wgrad(const WgradTask& task, const CudaContext& cuda) {
   if (task.num_experts == 0 || task.m == 0 || task.n == 0) return Status::kOk;
   const Rule* rule;
   const int64_t alignment = alignment_of(task.dtype, task.m, task.n, task.output, task.lhs, task.rhs);
-  const Status status = choose(task.dtype, alignment, cuda, rule);
+  const Status status = choose(task.dtype, alignment, task.schedule.tile_rows, cuda, rule);
   return status == Status::kOk ? rule->wgrad(task, cuda) : status;
 }
 
@@ -86,9 +88,11 @@ Status wgrad(const WgradTask& task, const CudaContext& cuda) {
 
 namespace moe {
 
-std::string_view gemm_kernel_name_cuda(int architecture, DType dtype, int64_t n, int64_t k, bool allow_tf32) {
+std::string_view gemm_kernel_name_cuda(int architecture, DType dtype, int64_t rows_per_expert, int64_t n, int64_t k,
+                                       bool allow_tf32) {
   const int64_t alignment = (n | k) * static_cast<int64_t>(size_of(dtype));
-  const cuda::Rule* rule = cuda::find_rule(architecture, dtype, alignment, allow_tf32);
+  const int64_t tile_rows = cuda::tile_rows_for(dtype, rows_per_expert, 1);
+  const cuda::Rule* rule = cuda::find_rule(architecture, dtype, alignment, tile_rows, allow_tf32);
   return rule == nullptr ? std::string_view() : rule->name;
 }
 

@@ -15,7 +15,9 @@ struct TileSchedule {
   const int32_t* order;       // [E] experts, most rows first; equal ones by id
   const int32_t* first_tile;  // [E + 1] prefix sums of ceil(rows of order[i] / tile_rows); the last is the tile count
   int64_t tile_rows;
+  int32_t* arrivals;  // [kMostSplitTiles] zeros; a kernel that counts here leaves zeros
 };
+constexpr int64_t kMostSplitTiles = 1024;
 
 // Fills *schedule with scratch of `cuda` and queues the kernel that computes it. A weight gradient reads no first_tile,
 // so tile_rows is free there.
@@ -118,5 +120,9 @@ Status gemm_sm80(const GemmTask& task, const CudaContext& cuda);  // bf16, fp16,
 Status wgrad_sm80(const WgradTask& task, const CudaContext& cuda);
 Status gemm_sm90(const GemmTask& task, const CudaContext& cuda);  // bf16, fp16: rows of a multiple of 16 bytes
 Status wgrad_sm90(const WgradTask& task, const CudaContext& cuda);
+Status gemm_sm90_few(const GemmTask& task, const CudaContext& cuda);  // the same, tiles of at most 64 rows
+
+// Into how many parts gemm_sm90_few splits the contracted width, `steps` stages of it, when there are `tiles` tiles.
+int64_t count_parts(int64_t tiles, int64_t steps, int64_t sms);
 
 }  // namespace moe::cuda

@@ -8,25 +8,6 @@ namespace moe::cuda {
 namespace sm90 {
 namespace {
 
-// The weight's part of a stage.
-template <typename Tile, typename T>
-__device__ __forceinline__ void load_weight(const Filler<Tile>& filler, const GemmMaps& maps, const GemmArgs<T>& args,
-                                            const TileAt& at, int k) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int column = static_cast<int>(half_column<Tile>(args, at.column_tile, half));
-    const uint32_t to = filler.columns() + half * (Tile::kColumnBytes / 2);
-    if (args.in_out) {
-#pragma unroll
-      for (int chunk = 0; chunk < Tile::kColumns / 128; ++chunk) {
-        ptx::tma_load_3d(to + chunk * kSlabBytes, &maps.weight, filler.barrier(), column + chunk * 64, k, at.expert);
-      }
-    } else {
-      ptx::tma_load_3d(to, &maps.weight, filler.barrier(), k, column, at.expert);
-    }
-  }
-}
-
 template <typename Tile, typename T>
 __device__ __forceinline__ void produce(Shared<Tile>& shared, const GemmMaps& maps, const GemmArgs<T>& args) {
   Filler<Tile> filler(shared);
@@ -40,7 +21,7 @@ __device__ __forceinline__ void produce(Shared<Tile>& shared, const GemmMaps& ma
         filler.acquire();
         filler.expect(Tile::kStageBytes);
         ptx::tma_load_3d(filler.rows(), &maps.rows, filler.barrier(), k, 0, at.first_row);
-        load_weight(filler, maps, args, at, k);
+        load_weight(filler, maps.weight, args, at.expert, at.column_tile, k);
       }
     }
     return;
@@ -52,7 +33,7 @@ __device__ __forceinline__ void produce(Shared<Tile>& shared, const GemmMaps& ma
       filler.acquire();
       if (threadIdx.x == 0) {
         filler.expect(Tile::kColumnBytes);
-        load_weight(filler, maps, args, at, k);
+        load_weight(filler, maps.weight, args, at.expert, at.column_tile, k);
       }
       copier.copy(filler.rows(), k);
       filler.commit_copies();

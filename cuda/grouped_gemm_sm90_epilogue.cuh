@@ -30,14 +30,6 @@ struct GemmMaps {
   CUtensorMap saved;                                 // the backward's pre-activations
 };
 
-// Where the columns of a half of a tile are in the weight.
-template <typename Tile, typename T>
-__device__ __forceinline__ int64_t half_column(const GemmArgs<T>& args, int column_tile, int half) {
-  constexpr int kHalf = Tile::kColumns / 2;
-  if (args.concat) return int64_t{column_tile} * kHalf + half * (args.n / 2);
-  return (int64_t{column_tile} * 2 + half) * kHalf;
-}
-
 template <typename Tile, typename T>
 __device__ __forceinline__ void add_bias(float (&sums)[Tile::kSums], const GemmArgs<T>& args, int expert,
                                          int column_tile) {

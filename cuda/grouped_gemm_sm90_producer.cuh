@@ -8,25 +8,25 @@ namespace moe::cuda::sm90 {
 
 // The ring as the producer sees it. When rows are copied by threads, their arrival is told `kLag` stages late: by then
 // the copies have landed, the thread's fence shows them to wgmma (the async proxy), and the loads of the stages in
-// between were already on their way.
+// between were already on their way. A stage that were held back for a whole round would never be handed back.
 template <typename Tile>
 class Filler {
-  static constexpr int kLag = 2;
-  static_assert(kLag < Tile::kStages, "a stage whose arrival is held back longer would never be handed back");
+  static constexpr int kLag = Tile::kStages / 2;
 
  public:
   // Arrivals on a full barrier: the thread that starts TMA, and the warps that copy.
   static __device__ int arrivals(bool copies) { return copies ? 1 + kGroupThreads / 32 : 1; }
 
-  __device__ explicit Filler(Shared<Tile>& shared) : shared_(shared) {}
+  __device__ explicit Filler(Pipeline<Tile>& pipeline) : pipeline_(pipeline) {}
 
   // Waits until the stage may be overwritten.
   __device__ void acquire() const {
-    ptx::mbar_wait(ptx::smem_u32(&shared_.empty[ring_.stage]), ring_.parity ^ (MOE_BUG(grouped_gemm_sm90, 9) ? 0 : 1));
+    ptx::mbar_wait(ptx::smem_u32(&pipeline_.empty[ring_.stage]),
+                   ring_.parity ^ (MOE_BUG(grouped_gemm_sm90, 9) ? 0 : 1));
   }
 
-  __device__ uint32_t barrier() const { return ptx::smem_u32(&shared_.full[ring_.stage]); }
-  __device__ uint32_t rows() const { return ptx::smem_u32(shared_.stage[ring_.stage]); }
+  __device__ uint32_t barrier() const { return ptx::smem_u32(&pipeline_.full[ring_.stage]); }
+  __device__ uint32_t rows() const { return ptx::smem_u32(pipeline_.stage[ring_.stage]); }
   __device__ uint32_t columns() const { return rows() + Tile::kRowBytes; }
 
   // By the one thread that starts the TMA loads of a stage, before them.
@@ -62,14 +62,40 @@ class Filler {
   __device__ void tell() {
     if (!MOE_BUG(grouped_gemm_sm90, 13)) ptx::fence_proxy_async();
     if (!MOE_BUG(grouped_gemm_sm90, 14)) __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbar_arrive(ptx::smem_u32(&shared_.full[told_.stage]));
+    if (threadIdx.x % 32 == 0) ptx::mbar_arrive(ptx::smem_u32(&pipeline_.full[told_.stage]));
     told_.advance();
   }
 
-  Shared<Tile>& shared_;
+  Pipeline<Tile>& pipeline_;
   Ring<Tile::kStages> ring_, told_;
   int held_ = 0;
 };
+
+// The weight's part of a stage: two boxes of half the tile's columns each, so that they may be a gate and an up part.
+// Args has n, in_out, and concat, which tells that they are.
+template <typename Tile, typename Args>
+__device__ __forceinline__ int64_t half_column(const Args& args, int column_tile, int half) {
+  constexpr int kHalf = Tile::kColumns / 2;
+  if (args.concat) return int64_t{column_tile} * kHalf + half * (args.n / 2);
+  return (int64_t{column_tile} * 2 + half) * kHalf;
+}
+template <typename Tile, typename Args>
+__device__ __forceinline__ void load_weight(const Filler<Tile>& filler, const CUtensorMap& map, const Args& args,
+                                            int expert, int column_tile, int k) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int column = static_cast<int>(half_column<Tile>(args, column_tile, half));
+    const uint32_t to = filler.columns() + half * (Tile::kColumnBytes / 2);
+    if (args.in_out) {
+#pragma unroll
+      for (int chunk = 0; chunk < Tile::kColumns / 128; ++chunk) {
+        ptx::tma_load_3d(to + chunk * kSlabBytes, &map, filler.barrier(), column + chunk * 64, k, expert);
+      }
+    } else {
+      ptx::tma_load_3d(to, &map, filler.barrier(), k, column, expert);
+    }
+  }
+}
 
 // The slot of row r, or -1.
 __device__ __forceinline__ int slot_of(const Gather& gather, int r) {
@@ -107,11 +133,13 @@ class RowCopier {
     }
   }
 
-  __device__ void copy(uint32_t to, int64_t k) const {
+  // Rows from `end` on are left.
+  __device__ void copy(uint32_t to, int64_t k, int end = kRows) const {
     const int piece = threadIdx.x % 8;
     const int64_t at = k + piece * 8;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
+      if (row(i) >= end) break;
       copy_piece(to + swizzled(row(i), piece), source_, row_[i] * width_ + at, row_[i] >= 0 && at < width_);
     }
   }

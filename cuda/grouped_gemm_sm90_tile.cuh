@@ -23,9 +23,10 @@ static_assert((kProducerRegisters + kMathGroups * kMathRegisters) * kGroupThread
 template <int kColumns_, int kStages_, int kSlabs_>
 struct TileShape {
   static constexpr int kColumns = kColumns_;
-  static constexpr int kStages = kStages_;    // of the ring between producer and math
-  static constexpr int kSlabs = kSlabs_;      // of 64 x 64 results, per math warpgroup
-  static constexpr int kSums = kColumns / 2;  // accumulators per thread
+  static constexpr int kStages = kStages_;                           // of the ring between producer and math
+  static constexpr int kSlabs = kSlabs_;                             // of 64 x 64 results, per math warpgroup
+  static constexpr int kSums = kColumns / 2;                         // accumulators per thread
+  static constexpr int kReaders = kMathGroups * kGroupThreads / 32;  // warps that hand a stage back
   static constexpr int kRowBytes = kTileRows * kSwizzleBytes, kColumnBytes = kColumns * kSwizzleBytes;
   static constexpr int kStageBytes = kRowBytes + kColumnBytes;
   static_assert(kColumns == 128 || kColumns == 256, "columns are loaded as two boxes of whole 64-column chunks");
@@ -38,11 +39,16 @@ using WideTile = TileShape<256, 4, 2>;
 // for products of so few tiles that wide ones would leave SMs idle.
 using NarrowTile = TileShape<128, 4, 6>;
 
+// The stages between producer and math.
 template <typename Tile>
-struct alignas(1024) Shared {  // 1024: the period of the swizzle
+struct alignas(1024) Pipeline {  // 1024: the period of the swizzle
   unsigned char stage[Tile::kStages][Tile::kStageBytes];
-  unsigned char slab[kMathGroups][Tile::kSlabs][kSlabBytes];
   uint64_t full[Tile::kStages], empty[Tile::kStages];
+};
+
+template <typename Tile>
+struct Shared : Pipeline<Tile> {
+  alignas(1024) unsigned char slab[kMathGroups][Tile::kSlabs][kSlabBytes];
   uint64_t saved[kMathGroups];  // the pre-activations of a warpgroup have arrived
 };
 static_assert(sizeof(Shared<WideTile>) <= 227 * 1024, "more shared memory than a block can have");
@@ -87,54 +93,68 @@ __device__ __forceinline__ void multiply_step(float (&sums)[kSums], uint32_t row
   ptx::wgmma<2 * kSums, T, kRowsMnMajor, kColumnsMnMajor>(sums, a, b, accumulate);
 }
 
-// The math warpgroup's main loop: sums = the product of `steps` stages. One wgmma group stays in flight; a stage is
-// handed back when the group after it has been issued.
-template <typename Tile, typename T, bool kRowsMnMajor, bool kColumnsMnMajor>
-__device__ __forceinline__ void multiply(float (&sums)[Tile::kSums], Shared<Tile>& shared, Ring<Tile::kStages>& ring,
-                                         int steps, int group) {
+// The main loop of a math warpgroup: issue(stage, first) starts the wgmmas of each of `steps` stages. One group of them
+// stays in flight; a stage is handed back when the group after it has been issued.
+template <typename Tile, typename Issue>
+__device__ __forceinline__ void for_each_stage(Pipeline<Tile>& pipeline, Ring<Tile::kStages>& ring, int steps,
+                                               const Issue& issue) {
   const bool leader = threadIdx.x % 32 == 0;
   int previous = 0;
   for (int step = 0; step < steps; ++step) {
-    ptx::mbar_wait(ptx::smem_u32(&shared.full[ring.stage]), MOE_BUG(grouped_gemm_sm90, 2) ? 0 : ring.parity);
-    // Either way a math warpgroup's 64 rows are 8 KB: 64 rows of 128 bytes, or one chunk of 64 rows with 64 k.
-    const uint32_t rows = ptx::smem_u32(shared.stage[ring.stage]) + group * kSlabBytes;
-    const uint32_t columns = ptx::smem_u32(shared.stage[ring.stage]) + Tile::kRowBytes;
+    ptx::mbar_wait(ptx::smem_u32(&pipeline.full[ring.stage]), MOE_BUG(grouped_gemm_sm90, 2) ? 0 : ring.parity);
     if (!MOE_BUG(grouped_gemm_sm90, 3)) ptx::wgmma_fence();
-#pragma unroll
-    for (int k16 = 0; k16 < kDepth / 16; ++k16) {
-      multiply_step<T, kRowsMnMajor, kColumnsMnMajor>(sums, rows, columns, k16, step > 0 || k16 > 0);
-    }
+    issue(ptx::smem_u32(pipeline.stage[ring.stage]), step == 0);
     if (!MOE_BUG(grouped_gemm_sm90, 4)) ptx::wgmma_commit();
     if (MOE_BUG(grouped_gemm_sm90, 5))
       previous = ring.stage;  // handed back while it is still read
     else
       ptx::wgmma_wait<1>();
-    if (step > 0 && leader) ptx::mbar_arrive(ptx::smem_u32(&shared.empty[previous]));
+    if (step > 0 && leader) ptx::mbar_arrive(ptx::smem_u32(&pipeline.empty[previous]));
     previous = ring.stage;
     ring.advance();
   }
   if (!MOE_BUG(grouped_gemm_sm90, 6)) ptx::wgmma_wait<0>();
-  if (leader) ptx::mbar_arrive(ptx::smem_u32(&shared.empty[previous]));
+  if (leader) ptx::mbar_arrive(ptx::smem_u32(&pipeline.empty[previous]));
+}
+
+// sums = the product of `steps` stages, for the 64 rows of one math warpgroup.
+template <typename Tile, typename T, bool kRowsMnMajor, bool kColumnsMnMajor>
+__device__ __forceinline__ void multiply(float (&sums)[Tile::kSums], Shared<Tile>& shared, Ring<Tile::kStages>& ring,
+                                         int steps, int group) {
+  for_each_stage<Tile>(shared, ring, steps, [&](uint32_t stage, bool first) {
+    // Either way 64 rows are 8 KB: 64 rows of 128 bytes, or one chunk of 64 rows with 64 k.
+    const uint32_t rows = stage + group * kSlabBytes, columns = stage + Tile::kRowBytes;
+#pragma unroll
+    for (int k16 = 0; k16 < kDepth / 16; ++k16) {
+      multiply_step<T, kRowsMnMajor, kColumnsMnMajor>(sums, rows, columns, k16, !first || k16 > 0);
+    }
+  });
 }
 
 // The same stages, for a warpgroup none of whose rows exist.
 template <typename Tile>
-__device__ __forceinline__ void skip(Shared<Tile>& shared, Ring<Tile::kStages>& ring, int steps) {
+__device__ __forceinline__ void skip(Pipeline<Tile>& pipeline, Ring<Tile::kStages>& ring, int steps) {
   for (int step = 0; step < steps; ++step) {
-    ptx::mbar_wait(ptx::smem_u32(&shared.full[ring.stage]), ring.parity);
-    if (threadIdx.x % 32 == 0) ptx::mbar_arrive(ptx::smem_u32(&shared.empty[ring.stage]));
+    ptx::mbar_wait(ptx::smem_u32(&pipeline.full[ring.stage]), ring.parity);
+    if (threadIdx.x % 32 == 0) ptx::mbar_arrive(ptx::smem_u32(&pipeline.empty[ring.stage]));
     ring.advance();
   }
 }
 
-// Thread 0 before anything else; `arrivals` on a full barrier come from the producer.
+// By thread 0; `arrivals` on a full barrier come from the producer.
+template <typename Tile>
+__device__ __forceinline__ void initialise_stages(Pipeline<Tile>& pipeline, int arrivals) {
+  for (int s = 0; s < Tile::kStages; ++s) {
+    ptx::mbar_init(ptx::smem_u32(&pipeline.full[s]), arrivals);
+    ptx::mbar_init(ptx::smem_u32(&pipeline.empty[s]), Tile::kReaders);
+  }
+}
+
+// Before anything else.
 template <typename Tile>
 __device__ __forceinline__ void initialise(Shared<Tile>& shared, int arrivals) {
   if (threadIdx.x == 0) {
-    for (int s = 0; s < Tile::kStages; ++s) {
-      ptx::mbar_init(ptx::smem_u32(&shared.full[s]), arrivals);
-      ptx::mbar_init(ptx::smem_u32(&shared.empty[s]), kMathGroups * kGroupThreads / 32);
-    }
+    initialise_stages<Tile>(shared, arrivals);
     for (int g = 0; g < kMathGroups; ++g) ptx::mbar_init(ptx::smem_u32(&shared.saved[g]), 1);
     if (!MOE_BUG(grouped_gemm_sm90, 7)) ptx::fence_mbar_init();
   }

@@ -12,7 +12,7 @@ namespace moe::cuda::sm90 {
 struct TileAt {
   int expert;
   int first_row, rows;  // rows of the tile, at most TileSchedule::tile_rows
-  int column_tile;
+  int row_tile, column_tile;
 };
 
 class TileWalk {
@@ -31,13 +31,13 @@ class TileWalk {
     if (next_ >= static_cast<uint32_t>(row_tiles_) * column_tiles_) return false;
     const uint32_t group = next_ / (kGroup * column_tiles_), inside = next_ % (kGroup * column_tiles_);
     const uint32_t rows_of_group = min(static_cast<int>(kGroup), row_tiles_ - static_cast<int>(group * kGroup));
-    const int row_tile = group * kGroup + inside % rows_of_group;
+    at.row_tile = group * kGroup + inside % rows_of_group;
     group_position_ = find(group_position_, group * kGroup);
-    const int position = find(group_position_, row_tile);
+    const int position = find(group_position_, at.row_tile);
     at.expert = __ldg(schedule_.order + position);
     const int end = __ldg(schedule_.offsets + at.expert + 1);
     at.first_row =
-        __ldg(schedule_.offsets + at.expert) + (row_tile - __ldg(schedule_.first_tile + position)) * tile_rows_;
+        __ldg(schedule_.offsets + at.expert) + (at.row_tile - __ldg(schedule_.first_tile + position)) * tile_rows_;
     at.rows = min(tile_rows_, end - at.first_row);
     at.column_tile = inside / rows_of_group;
     next_ += gridDim.x;

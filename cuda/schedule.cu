@@ -37,13 +37,14 @@ __device__ int32_t exclusive_scan(int32_t value, int32_t first, int32_t* warps) 
 // so that the result does not depend on the algorithm. 3. first_tile: a prefix sum.
 __global__ void __launch_bounds__(kMaxThreads)
     schedule_kernel(const int32_t* expert_offsets, int32_t num_rows, int32_t num_experts, int32_t num_keys,
-                    int32_t tile_rows, int32_t* offsets, int32_t* order, int32_t* first_tile) {
+                    int32_t tile_rows, int32_t* offsets, int32_t* order, int32_t* first_tile, int32_t* arrivals) {
   SMEM_DYN(uint64_t, keys);
   SMEM_ARRAY(int32_t, warps, 32);
   const int32_t threads = blockDim.x, thread = threadIdx.x;
   const int32_t per_thread = (num_experts + threads) / threads;  // of the E + 1 offsets
   const int32_t begin = thread * per_thread, end = min(begin + per_thread, num_experts + 1);
 
+  for (int32_t i = thread; i < kMostSplitTiles; i += threads) arrivals[i] = 0;
   int32_t largest = 0;
   for (int32_t i = begin; i < end; ++i) largest = Max::apply(largest, expert_offsets[i]);
   largest = exclusive_scan<Max>(largest, 0, warps);
@@ -95,17 +96,18 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 Status make_schedule(const int32_t* expert_offsets, int64_t num_rows, int64_t num_experts, int64_t tile_rows,
                      const CudaContext& cuda, TileSchedule* schedule) {
-  auto* scratch = allocate<int32_t>(3 * num_experts + 2, cuda);
+  auto* scratch = allocate<int32_t>(3 * num_experts + 2 + kMostSplitTiles, cuda);
   if (scratch == nullptr) return Status::kOutOfMemory;
   int32_t *offsets = scratch, *order = offsets + num_experts + 1, *first_tile = order + num_experts;
-  *schedule = {offsets, order, first_tile, tile_rows};
+  int32_t* arrivals = first_tile + num_experts + 1;
+  *schedule = {offsets, order, first_tile, tile_rows, arrivals};
   int64_t num_keys = 2;
   while (num_keys < num_experts) num_keys *= 2;
   const int64_t threads = num_keys < 32 ? 32 : num_keys < kMaxThreads ? num_keys : kMaxThreads;
   if (num_keys > kMaxSorted) num_keys = 0;
   LAUNCH(schedule_kernel, dim3(1), dim3(static_cast<unsigned>(threads)), static_cast<size_t>(num_keys) * 8,
          stream(cuda), expert_offsets, static_cast<int32_t>(num_rows), static_cast<int32_t>(num_experts),
-         static_cast<int32_t>(num_keys), static_cast<int32_t>(tile_rows), offsets, order, first_tile);
+         static_cast<int32_t>(num_keys), static_cast<int32_t>(tile_rows), offsets, order, first_tile, arrivals);
   return launched("schedule_kernel", cuda);
 }
 

@@ -174,7 +174,7 @@ def test_tensors_of_two_devices_are_refused(gpu):
 
 def test_tf32_is_used_only_when_torch_allows_it(gpu):
     architecture = 10 * torch.cuda.get_device_capability(gpu)[0]
-    if _C.cuda_kernel(architecture, "float32", 64, 64, True) == _C.cuda_kernel(architecture, "float32", 64, 64):
+    if _C.cuda_kernel(architecture, "float32", 8, 64, 64, True) == _C.cuda_kernel(architecture, "float32", 8, 64, 64):
         pytest.skip("no kernel in tf32")
     rows, weight = randn(R, 64, device=gpu), randn(E, 64, 64, device=gpu, seed=1)
     offsets = make_plan(SHAPE, device=gpu).expert_offsets

@@ -86,12 +86,13 @@ def test_a_torch_without_cuda_and_a_machine_without_a_gpu_are_told_apart(monkeyp
 
 def test_names_each_gpu_with_its_kernels(monkeypatch):
     fake_gpus(monkeypatch, (7, 5), (9, 0))
-    kernels = {(90, "bfloat16", 1024): "wide", (90, "float32", 1024): "exact", (90, "float32", 1023): "exact"}
-    monkeypatch.setattr(_C, "cuda_kernel", lambda arch, dtype, n, k, tf32: kernels.get((arch, dtype, n), ""))
+    kernels = {("bfloat16", 512, 1024): "wide", ("bfloat16", 64, 1024): "few"}
+    kernels |= {("float32", rows, n): "exact" for rows in (64, 512) for n in (1024, 1023)}
+    monkeypatch.setattr(_C, "cuda_kernel", lambda arch, dtype, rows, n, k, tf32: kernels.get((dtype, rows, n), ""))
     lines = torch_moe.explain([1]).splitlines()
     old = lines.index("cuda:0: GPU 0, compute capability 7.5: too old, the kernels need 8.0 or newer; use the CPU")
     assert lines[old + 1] == "cuda:1: GPU 1, compute capability 9.0"
-    assert lines[old + 2] == "  grouped_gemm, bfloat16: wide, other widths: none"
+    assert lines[old + 2] == "  grouped_gemm, bfloat16: wide, up to 64 rows per expert: few, other widths: none"
     assert lines[old + 4] == "  grouped_gemm, float32: exact"
     named = " ".join(lines[old + 2 : old + 7])
     schemas = {name.removeprefix("moe::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe::")}
@@ -107,8 +108,9 @@ def test_names_each_gpu_with_its_kernels(monkeypatch):
 
 @pytest.mark.skipif(not _C.build_info()["cuda"], reason="this build has no CUDA kernels")
 @pytest.mark.parametrize("architecture", [80, 90, 120])
+@pytest.mark.parametrize("rows", [1, 1000])
 @pytest.mark.parametrize("n", [1024, 1023])
-def test_some_kernel_takes_every_gpu_since_ampere(architecture, n):
+def test_some_kernel_takes_every_gpu_since_ampere(architecture, rows, n):
     for dtype in ("float32", "float64", "bfloat16", "float16"):
-        assert _C.cuda_kernel(architecture, dtype, n, n)
-    assert not _C.cuda_kernel(75, "float32", n, n)
+        assert _C.cuda_kernel(architecture, dtype, rows, n, n)
+    assert not _C.cuda_kernel(75, "float32", rows, n, n)

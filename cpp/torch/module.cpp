@@ -100,17 +100,19 @@ PYBIND11_MODULE(_C, m) {
       "The GEMM kernel that an expert with this many rows takes, when the contracted width is a multiple of 32.");
   m.def(
       "cuda_kernel",
-      [](int architecture, const std::string& dtype, int64_t n, int64_t k, bool allow_tf32) {
+      [](int architecture, const std::string& dtype, int64_t rows, int64_t n, int64_t k, bool allow_tf32) {
 #ifdef MOE_CUDA_VERSION
-        return moe::gemm_kernel_name_cuda(architecture, parse_dtype(dtype), n, k, allow_tf32);
+        return moe::gemm_kernel_name_cuda(architecture, parse_dtype(dtype), rows, n, k, allow_tf32);
 #else
         parse_dtype(dtype);
-        static_cast<void>(architecture + n + k + allow_tf32);
+        static_cast<void>(architecture + rows + n + k + allow_tf32);
         return std::string_view();
 #endif
       },
-      py::arg("architecture"), py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("allow_tf32") = false,
-      "The GEMM kernel of a GPU (90 is compute capability 9.0) for these widths; empty when there is none.");
+      py::arg("architecture"), py::arg("dtype"), py::arg("rows"), py::arg("n"), py::arg("k"),
+      py::arg("allow_tf32") = false,
+      "The GEMM kernel of a GPU (90 is compute capability 9.0) for these widths and rows per expert; empty when there "
+      "is none.");
   m.def(
       "fma_rate",
       [](bool fp64, double seconds) {

@@ -64,6 +64,7 @@ OLDEST_GPU = 80  # compute capability 8.0: Ampere
 _ONE_KERNEL = (
     "route", "plan", "permute", "activation", "combine", "ep_plan", "ep_pack", "ep_index", "ep_reduce",
 )  # fmt: skip
+FEW_ROWS, MANY_ROWS = 64, 512  # per expert, of a GEMM on a GPU
 
 
 def _cuda_lines() -> list[str]:
@@ -87,12 +88,14 @@ def _cuda_lines() -> list[str]:
 
 
 def _cuda_kernel_lines(architecture: int) -> list[str]:
-    """Tell which GEMM kernel takes each dtype, by whether the widths let rows start on 16 bytes."""
+    """Tell which GEMM kernel takes each dtype, by rows per expert and whether the widths let rows start on 16 bytes."""
     allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     lines = []
     for dtype in ("bfloat16", "float16", "float32", "float64"):
-        whole, odd = (_C.cuda_kernel(architecture, dtype, n, n, allow_tf32) for n in (1024, 1023))
-        other = "" if whole == odd else f", other widths: {odd or 'none'}"
+        shapes = ((MANY_ROWS, 1024), (FEW_ROWS, 1024), (MANY_ROWS, 1023))
+        many, few, odd = (_C.cuda_kernel(architecture, dtype, rows, n, n, allow_tf32) for rows, n in shapes)
+        rows = "" if many == few else f", up to {FEW_ROWS} rows per expert: {few or 'none'}"
+        other = "" if many == odd else f", other widths: {odd or 'none'}"
         tf32 = ", tf32 allowed" if allow_tf32 and dtype == "float32" else ""
-        lines.append(f"  grouped_gemm, {dtype}{tf32}: {whole or 'none'}{other}")
+        lines.append(f"  grouped_gemm, {dtype}{tf32}: {many or 'none'}{rows}{other}")
     return [*lines, f"  {', '.join(_ONE_KERNEL)}: one kernel each for every dtype"]

@@ -167,17 +167,20 @@ TEST(grouped_gemm_in_tf32) {
 }
 
 TEST(grouped_gemm_kernel_names) {
-  CHECK(gemm_kernel_name_cuda(90, DType::kBFloat16, 64, 64, false) == "sm90_wgmma");
-  CHECK(gemm_kernel_name_cuda(90, DType::kFloat16, 64, 37, false) == "sm80_mma");
-  CHECK(gemm_kernel_name_cuda(80, DType::kBFloat16, 64, 64, false) == "sm80_mma");
-  CHECK(gemm_kernel_name_cuda(100, DType::kBFloat16, 64, 64, false) == "sm80_mma");
-  CHECK(gemm_kernel_name_cuda(80, DType::kFloat32, 64, 64, true) == "sm80_mma");
-  CHECK(gemm_kernel_name_cuda(80, DType::kFloat32, 64, 64, false) == "simt");
-  CHECK(gemm_kernel_name_cuda(90, DType::kFloat64, 64, 64, true) == "simt");
-  CHECK(gemm_kernel_name_cuda(75, DType::kFloat32, 64, 64, false).empty());
+  CHECK(gemm_kernel_name_cuda(90, DType::kBFloat16, 512, 64, 64, false) == "sm90_wgmma");
+  CHECK(gemm_kernel_name_cuda(90, DType::kBFloat16, 65, 64, 64, false) == "sm90_wgmma");
+  CHECK(gemm_kernel_name_cuda(90, DType::kBFloat16, 64, 64, 64, false) == "sm90_few_rows");
+  CHECK(gemm_kernel_name_cuda(90, DType::kFloat16, 512, 64, 37, false) == "sm80_mma");
+  CHECK(gemm_kernel_name_cuda(90, DType::kFloat16, 1, 64, 37, false) == "sm80_mma");
+  CHECK(gemm_kernel_name_cuda(80, DType::kBFloat16, 512, 64, 64, false) == "sm80_mma");
+  CHECK(gemm_kernel_name_cuda(100, DType::kBFloat16, 512, 64, 64, false) == "sm80_mma");
+  CHECK(gemm_kernel_name_cuda(80, DType::kFloat32, 512, 64, 64, true) == "sm80_mma");
+  CHECK(gemm_kernel_name_cuda(80, DType::kFloat32, 512, 64, 64, false) == "simt");
+  CHECK(gemm_kernel_name_cuda(90, DType::kFloat64, 512, 64, 64, true) == "simt");
+  CHECK(gemm_kernel_name_cuda(75, DType::kFloat32, 512, 64, 64, false).empty());
   for (const int architecture : {80, 86, 89, 90, 100, 120}) {
     for_each_type([&]<typename T>(std::type_identity<T>) {
-      CHECK(!gemm_kernel_name_cuda(architecture, kDType<T>, 37, 53, false).empty());
+      CHECK(!gemm_kernel_name_cuda(architecture, kDType<T>, 512, 37, 53, false).empty());
     });
   }
 }

@@ -19,7 +19,9 @@ bool set_isa(std::string_view name);
 std::string_view gemm_kernel_name(WeightLayout layout, int64_t rows, DType dtype);
 
 // Which kernel a grouped GEMM [R, K] x [N, K] runs on a GPU of compute capability architecture / 10, its operands being
-// 16-byte aligned; empty: none. Only in a build with CUDA; needs no GPU.
-std::string_view gemm_kernel_name_cuda(int architecture, DType dtype, int64_t n, int64_t k, bool allow_tf32);
+// 16-byte aligned and its experts having this many rows on average; empty: none. Only in a build with CUDA; needs no
+// GPU.
+std::string_view gemm_kernel_name_cuda(int architecture, DType dtype, int64_t rows_per_expert, int64_t n, int64_t k,
+                                       bool allow_tf32);
 
 }  // namespace moe

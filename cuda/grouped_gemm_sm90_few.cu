@@ -1,0 +1,178 @@
+// The grouped GEMM of sm_90a for few rows per expert: persistent, memory-bound, every epilogue.
+#include "grouped_gemm_sm90_few.cuh"
+
+#include "grouped_gemm_sm90_maps.h"
+#include "grouped_gemm_sm90_split.cuh"
+#include "grouped_gemm_sm90_walk.cuh"
+
+namespace moe::cuda {
+namespace sm90 {
+namespace {
+
+template <typename T>
+struct FewArgs {
+  EpilogueArgs<T> epilogue;
+  TileSchedule schedule;
+  Gather gather;
+  SplitK split;
+  const T* rows;
+  int64_t n, k, num_rows, num_experts;
+  int column_tiles;
+  bool in_out, concat;
+};
+
+// A part of a tile. Parts of one tile are neighbours, and experts without rows have no tiles.
+struct PartAt : TileAt {
+  int part, first_step, steps;
+};
+
+template <typename T>
+class PartWalk {
+ public:
+  __device__ explicit PartWalk(const FewArgs<T>& args)
+      : args_(args),
+        walk_(args.schedule, static_cast<int>(args.num_experts), args.column_tiles * args.split.parts),
+        steps_(static_cast<int>((args.k + kDepth - 1) / kDepth)) {}
+
+  __device__ bool next(PartAt& at) {
+    if (!walk_.next(at)) return false;
+    at.part = at.column_tile % args_.split.parts;
+    at.column_tile /= args_.split.parts;
+    at.first_step = args_.split.first_step(steps_, at.part);
+    at.steps = args_.split.first_step(steps_, at.part + 1) - at.first_step;
+    return true;
+  }
+
+ private:
+  const FewArgs<T>& args_;
+  TileWalk walk_;
+  const int steps_;
+};
+
+template <typename T>
+__device__ __forceinline__ void produce(FewShared& shared, const CUtensorMap& weight, const FewArgs<T>& args) {
+  Filler<FewTile> filler(shared);
+  RowCopier<T, FewTile::kTokens> copier(args.rows, args.k);
+  PartWalk<T> walk(args);
+  PartAt at;
+  while (walk.next(at)) {
+    copier.set_rows(args.gather, at.first_row, at.rows);
+    const int tokens = padded_tokens(at.rows);
+    for (int step = at.first_step; step < at.first_step + at.steps; ++step) {
+      filler.acquire();
+      if (threadIdx.x == 0) {
+        filler.expect(FewTile::kColumnBytes);
+        load_weight(filler, weight, args, at.expert, at.column_tile, step * kDepth);
+      }
+      copier.copy(filler.rows(), int64_t{step} * kDepth, tokens);
+      filler.commit_copies();
+    }
+  }
+  filler.finish_copies();
+}
+
+template <typename T>
+__device__ __forceinline__ void consume(FewShared& shared, const FewArgs<T>& args) {
+  Ring<FewTile::kStages> ring;
+  PartWalk<T> walk(args);
+  PartAt at;
+  while (walk.next(at)) {
+    if (args.in_out)
+      multiply_tile<T, true>(shared, ring, at.rows, at.steps);
+    else
+      multiply_tile<T, false>(shared, ring, at.rows, at.steps);
+    if (!MOE_BUG(grouped_gemm_sm90_few, 7)) ptx::bar_sync(1, kGroupThreads);
+    const int tile = at.row_tile * args.column_tiles + at.column_tile;
+    if (args.split.parts == 1 || add_parts(shared, args.split, at.part, tile, at.first_row, at.rows,
+                                           int64_t{at.column_tile} * FewTile::kColumns)) {
+      finish_slab<T, FewTile::kColumns, kGroupThreads>(&args.epilogue, shared.slab, at.first_row, at.rows, at.expert,
+                                                       at.column_tile);
+    }
+    if (!MOE_BUG(grouped_gemm_sm90_few, 2)) ptx::bar_sync(1, kGroupThreads);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(FewTile::kThreads, 1)
+    few_rows_sm90_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ FewArgs<T> args) {
+  SMEM_DYN(FewShared, shared);
+  if (threadIdx.x == 0) {
+    initialise_stages<FewTile>(*shared, Filler<FewTile>::arrivals(true));
+    ptx::fence_mbar_init();
+  }
+  __syncthreads();
+  zero_unowned_rows(&args.epilogue, &args.schedule, args.num_rows, args.num_experts);
+  if (threadIdx.x < kGroupThreads)
+    produce(*shared, weight, args);
+  else
+    consume(*shared, args);
+}
+
+template <typename T>
+Status run_few(const GemmTask& task, const CudaContext& cuda) {
+  constexpr const char* kName = "few_rows_sm90";
+  FewArgs<T> args{
+      .epilogue = EpilogueArgs<T>(task),
+      .schedule = task.schedule,
+      .gather = task.gather,
+      .split = {},
+      .rows = static_cast<const T*>(task.rows),
+      .n = task.n,
+      .k = task.k,
+      .num_rows = task.num_rows,
+      .num_experts = task.num_experts,
+      .column_tiles = 0,
+      .in_out = task.weight_layout == WeightLayout::kInOut,
+      .concat = false,
+  };
+  args.concat = args.epilogue.paired;
+  args.column_tiles = static_cast<int>(args.epilogue.column_tiles(FewTile::kColumns));
+  const MapShape shape = args.in_out ? experts_shape(task.num_experts, task.k, task.n, kDepth)
+                                     : experts_shape(task.num_experts, task.n, task.k, FewTile::kColumns / 2);
+  CUtensorMap weight{};
+  Status status = encode_map(&weight, static_cast<const T*>(task.weight), shape, cuda);
+  const int64_t tiles = most_row_tiles(task.schedule, task.num_rows, task.num_experts) * args.column_tiles;
+  int sms = 0;
+  if (status == Status::kOk) status = device_attribute(sms, cudaDevAttrMultiProcessorCount, cuda);
+  if (status != Status::kOk) return status;
+  args.split = {.parts = static_cast<int>(count_parts(tiles, ceil_div(task.k, kDepth), sms)),
+                .sums = nullptr,
+                .arrivals = task.schedule.arrivals,
+                .num_rows = task.num_rows,
+                .width = int64_t{args.column_tiles} * FewTile::kColumns};
+  if (args.split.parts > 1) {
+    args.split.sums = allocate<float>(args.split.parts * task.num_rows * args.split.width, cuda);
+    if (args.split.sums == nullptr) return Status::kOutOfMemory;
+  }
+  const auto kernel = few_rows_sm90_kernel<T>;
+  constexpr int64_t kBytes = sizeof(FewShared);
+  status = allow_shared_memory(kernel, kBytes, kName, cuda);
+  if (status != Status::kOk) return status;
+  const int64_t blocks = at_most(tiles * args.split.parts, sms);
+  LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(FewTile::kThreads), kBytes, stream(cuda), weight, args);
+  return launched(kName, cuda);
+}
+
+}  // namespace
+}  // namespace sm90
+
+// The blocks that share a tile: those that make the product of `steps` stages end first, by counting stages and, for
+// each tile, four more for writing and adding the parts. By sizes alone.
+int64_t count_parts(int64_t tiles, int64_t steps, int64_t sms) {
+  constexpr int64_t kMostParts = 8, kOverhead = 4;
+  if (tiles >= sms || tiles > kMostSplitTiles) return 1;
+  int64_t best = 1, best_time = steps + kOverhead;
+  for (int64_t parts = 2; parts <= at_most(steps, kMostParts); ++parts) {
+    const int64_t time = ceil_div(tiles * parts, sms) * (ceil_div(steps, parts) + kOverhead);
+    if (time < best_time) best = parts, best_time = time;
+  }
+  return best;
+}
+
+Status gemm_sm90_few(const GemmTask& task, const CudaContext& cuda) {
+  if (task.num_rows == 0 || task.n == 0) return Status::kOk;
+  if (task.k == 0) return gemm_sm80(task, cuda);  // TMA has no empty tensors
+  return task.dtype == DType::kFloat16 ? sm90::run_few<__half>(task, cuda) : sm90::run_few<__nv_bfloat16>(task, cuda);
+}
+
+}  // namespace moe::cuda
