@@ -147,6 +147,19 @@ void check_wgmma() {
   }
 }
 
+// Every thread comes to the second barrier as soon as it is through the first, however late the others wait for that.
+__global__ void cluster_kernel(int* seen, int blocks) {
+#if defined(CUDA_ON_CPU) || __CUDA_ARCH__ >= 900
+  for (int phase = 0; phase < 3; ++phase) {
+    if (threadIdx.x == 0) seen[phase * blocks + blockIdx.x] = static_cast<int>(ptx::cluster_rank()) + phase;
+    ptx::cluster_sync();
+    for (int b = 0; b < blocks; ++b) {
+      if (seen[phase * blocks + b] != b + phase) seen[3 * blocks] = 1;
+    }
+  }
+#endif
+}
+
 bool has_sm90() {
   int major = 0;
   test::cuda_ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
@@ -189,6 +202,19 @@ TEST(ldmatrix_stmatrix) {
     const auto back = stored.host();
     for (int i = 0; i < 256; ++i) CHECK(back[static_cast<size_t>(i)] == i);
   }
+}
+
+TEST(cluster_barrier) {
+  if (!has_sm90()) return;
+  constexpr int kBlocks = 2;
+  DeviceArray<int> seen(3 * kBlocks + 1);
+  LAUNCH_EX(cluster_kernel, (ptx::Launch{.grid = dim3(kBlocks), .block = dim3(64), .cluster = kBlocks}), seen.data(),
+            kBlocks);
+  test::cuda_ok(cudaDeviceSynchronize());
+  test::cuda_ok(cudaGetLastError());
+  const auto got = seen.host();
+  for (int i = 0; i < 3 * kBlocks; ++i) CHECK(got[static_cast<size_t>(i)] == i % kBlocks + i / kBlocks);
+  CHECK(got[3 * kBlocks] == -1);
 }
 
 TEST(wgmma) {

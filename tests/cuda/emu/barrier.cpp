@@ -82,8 +82,8 @@ void cluster_arrive(const Where& where) {
   Cluster* c = current->block->cluster;
   char& arrived = c->arrived[current->id()];
   if (arrived) fail(where, "a second barrier.cluster.arrive without a wait in between");
-  arrived = 1;
   NamedBarrier& b = c->barrier;
+  arrived = static_cast<char>(1 + b.expected % 2);  // in which phase
   if (!b.arrived) b.clocks = {};
   release_to(b.clocks);
   if (++b.arrived == c->live) {
@@ -97,8 +97,9 @@ void cluster_wait(const Where& where) {
   char& arrived = c->arrived[current->id()];
   if (!arrived) fail(where, "barrier.cluster.wait without an arrive");
   NamedBarrier& b = c->barrier;
-  // Still open: somebody has not come. A later phase cannot begin before this thread has waited for this one.
-  if (b.arrived > 0) {
+  // Still open: somebody has not come. Others may have come to the next phase already, which cannot end without this
+  // one.
+  if (b.expected % 2 == arrived - 1) {
     b.waiting.push_back(current);
     current->wait_format = "(%lld of %lld have come)";
     current->wait_detail[0] = b.arrived;
