@@ -184,49 +184,33 @@ class BlockGemm {
     }
   }
 
-  // A few columns at a time, each to the end of its row of the weight.
+  // A few columns at a time, each to the end of its row of the weight. They are spread evenly over all: each is then
+  // one of a few long streams, since the next tile goes on where this one ends, and a processor's prefetcher need not
+  // start anew at every row. A row of 1.5 KiB is read 1.6 times as fast.
   void multiply_dot(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
-    const int64_t step = kernels_.dot_columns[std::min(m_, kMaxDotRows) - 1];
-    for (int64_t j = 0; j < count; j += step) {
-      const Storage* rows = weight.data + (begin + j) * weight.k;
-      m_ <= kMaxDotRows ? dot_tile(rows, std::min(step, count - j), step, c + j, ldc)
-                        : dot_tiles(rows, std::min(step, count - j), step, c + j, ldc);
+    const int64_t streams = kernels_.dot_columns[std::min(m_, kMaxDotRows) - 1], length = ceil_div(count, streams);
+    for (int64_t j = 0; j < length; ++j) {
+      dot_columns(weight.data + (begin + j) * k_, ceil_div(count - j, length), length, c + j, ldc);
     }
   }
 
-  // While memory is what there is to wait for, a row of the weight is fetched a little ahead, and at its end the row
-  // that the next tile reads there.
-  void dot_tile(const Storage* weight, int64_t columns, int64_t step, Real* c, int64_t ldc) {
-    constexpr int64_t kAhead = 512 / sizeof(Storage);
-    const int64_t tail = std::max<int64_t>(k_ - kAhead, 0) / kernels_.dot_step * kernels_.dot_step;
-    const Storage* w[kMaxTileRows];
-    const Real* a[kMaxDotRows];
-    const auto run = [&](int64_t begin, int64_t end, int64_t ahead) {
-      for (int64_t x = 0; x < columns; ++x) w[x] = weight + x * k_ + begin;
-      for (int64_t i = 0; i < m_; ++i) a[i] = packed_ + i * dot_row_size() + begin / kernels_.dot_packing;
-      kernels_.dot(static_cast<int>(m_), static_cast<int>(columns), a, w, end - begin, sums_, {begin == 0, end == k_},
-                   c, ldc, ahead);
-    };
-    if (tail > 0) run(0, tail, kAhead);
-    run(tail, k_, kAhead + (step - 1) * k_);
-  }
-
-  // The first tile waits for memory, the others do not: the second fetches what the first will read next, which at the
-  // end of k is the beginning of the next columns.
-  void dot_tiles(const Storage* weight, int64_t columns, int64_t step, Real* c, int64_t ldc) {
+  // Columns `stride` apart. Of several tiles of rows, the first waits for memory and the others do not: the last one
+  // fetches what the first will read next.
+  void dot_columns(const Storage* weight, int64_t columns, int64_t stride, Real* c, int64_t ldc) {
+    constexpr int64_t kAhead = 2048 / sizeof(Storage);
     const Storage* w[kMaxTileRows];
     const Real* a[kMaxDotRows];
     const Real* packed = packed_;
     for (int64_t k0 = 0; k0 < k_; k0 += dot_depth(), packed += m_ * dot_row_size()) {
       const int64_t depth = std::min(dot_depth(), k_ - k0);
-      const int64_t next = k0 + depth < k_ ? depth : step * k_ - k0;
-      for (int64_t x = 0; x < columns; ++x) w[x] = weight + x * k_ + k0;
+      for (int64_t x = 0; x < columns; ++x) w[x] = weight + x * stride * k_ + k0;
       for (int64_t first = 0; first < m_; first += kMaxDotRows) {
         const int64_t rows = std::min(kMaxDotRows, m_ - first);
         for (int64_t i = 0; i < rows; ++i) a[i] = packed + (first + i) * dot_row_size();
+        const int64_t ahead = m_ <= kMaxDotRows ? kAhead : first + rows == m_ ? depth : 0;
         kernels_.dot(static_cast<int>(rows), static_cast<int>(columns), a, w, depth,
                      sums_ + first * kMaxTileRows * kernels_.lanes, {k0 == 0, k0 + depth == k_}, c + first * ldc, ldc,
-                     first == kMaxDotRows ? next : 0);
+                     stride, ahead);
       }
     }
   }

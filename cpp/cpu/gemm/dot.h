@@ -1,8 +1,8 @@
 // Dot-product micro-kernel: c[i, j] = <a[i], w[j]>, straight on the row-major weight.
 //
 // For experts with few rows: nothing of the weight is packed, both operands are read along k by whole vectors, and each
-// element of the weight comes from memory once. `Columns` weight rows are as many streams, each read to its end, which
-// the processor's own prefetcher follows best.
+// element of the weight comes from memory once. `Columns` weight rows are as many streams, which the processor's own
+// prefetcher follows.
 //
 // The lanes of an accumulator are partial sums. They are kept between calls, so that k can be cut into blocks whose
 // rows stay in the first-level cache, and added up once, at the end.
@@ -60,7 +60,7 @@ void arrange_for_dot(const Storage* src, int64_t n, Wide<Storage>* dst) {
 
 template <typename Storage, int Rows, int Columns>
 void dot_tile(int columns, const Wide<Storage>* const* a, const Storage* const* w, int64_t k, Wide<Storage>* sums,
-              DotPart part, Wide<Storage>* c, int64_t ldc, int64_t ahead) {
+              DotPart part, Wide<Storage>* c, int64_t ldc, int64_t stride, int64_t ahead) {
   using Real = Wide<Storage>;
   constexpr int n = kLanes<Real>, kStep = kDotStep<Storage>, kParts = kDotParts<Storage>;
   const Real* a_row[Rows];
@@ -101,7 +101,7 @@ void dot_tile(int columns, const Wide<Storage>* const* a, const Storage* const* 
 #pragma GCC unroll 1
   for (; x + kStep <= k; x += kStep) {
     step(x, [ahead](const Storage* p, auto& parts) __attribute__((always_inline)) {
-      if (ahead != 0) fetch(p + ahead);
+      if (ahead != 0) fetch_early(p + ahead);
       load_step(p, parts);
     });
   }
@@ -130,19 +130,21 @@ void dot_tile(int columns, const Wide<Storage>* const* a, const Storage* const* 
     sum_lanes<Real>(group);
     store(totals + g * n, group[0]);
   }
-  for (int i = 0; i < Rows; ++i) std::copy_n(totals + i * Columns, columns, c + i * ldc);
+  for (int i = 0; i < Rows; ++i) {
+    for (int j = 0; j < columns; ++j) c[i * ldc + j * stride] = totals[i * Columns + j];
+  }
 }
 
 template <typename Storage>
 void dot(int rows, int columns, const Wide<Storage>* const* a, const Storage* const* w, int64_t k, Wide<Storage>* sums,
-         DotPart part, Wide<Storage>* c, int64_t ldc, int64_t ahead) {
+         DotPart part, Wide<Storage>* c, int64_t ldc, int64_t stride, int64_t ahead) {
   static_assert(kMaxDotRows == 4, "one case per number of rows");
   const auto run = [&]<int Rows>() {
     // Beside tiles of all rows, a tile of fewer has no more columns than they.
     constexpr int kNarrow = kDotColumns<Storage, kMaxDotRows>;
     columns <= kNarrow
-        ? dot_tile<Storage, Rows, kNarrow>(columns, a, w, k, sums, part, c, ldc, ahead)
-        : dot_tile<Storage, Rows, kDotColumns<Storage, Rows>>(columns, a, w, k, sums, part, c, ldc, ahead);
+        ? dot_tile<Storage, Rows, kNarrow>(columns, a, w, k, sums, part, c, ldc, stride, ahead)
+        : dot_tile<Storage, Rows, kDotColumns<Storage, Rows>>(columns, a, w, k, sums, part, c, ldc, stride, ahead);
   };
   switch (rows) {
     case 1:

@@ -57,11 +57,12 @@ struct Kernels {
   void (*outer_pairs)(int rows, int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c,
                       int64_t ldc, TileStore how) = nullptr;
 
-  // c[i, j] = <a[i], w[j]> for i < rows and j < columns <= dot_columns[rows - 1], over k elements, which may be one
-  // part of all: the parts before and after it share `sums`, kMaxDotRows * kMaxTileRows vectors. a is arranged (below),
-  // w is not. While element x of a row of w is read, x + ahead is fetched, wherever that is; 0 fetches nothing.
+  // c[i * ldc + j * stride] = <a[i], w[j]> for i < rows and j < columns <= dot_columns[rows - 1], over k elements,
+  // which may be one part of all: the parts before and after it share `sums`, kMaxDotRows * kMaxTileRows vectors. a is
+  // arranged (below), w is not. While element x of a row of w is read, x + ahead is fetched, wherever that is; 0
+  // fetches nothing.
   void (*dot)(int rows, int columns, const Real* const* a, const Storage* const* w, int64_t k, Real* sums, DotPart part,
-              Real* c, int64_t ldc, int64_t ahead);
+              Real* c, int64_t ldc, int64_t stride, int64_t ahead);
   // Widens a row of n elements into the order in which `dot` multiplies it, padded with zeros to a multiple of
   // dot_step.
   void (*arrange_for_dot)(const Storage* src, int64_t n, Real* dst);

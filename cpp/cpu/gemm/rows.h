@@ -53,10 +53,14 @@ void scale(Real s, int64_t n, Real* x) {
 
 template <typename Real>
 Real read_streams(const Real* data, int64_t n) {
+  constexpr int64_t kAhead = 1024 / sizeof(Real);
   Vec<Real> sums[kMaxTileRows] = {};
   for (int64_t i = 0; i + kLanes<Real> <= n; i += kLanes<Real>) {
 #pragma GCC unroll 8
-    for (int64_t s = 0; s < kMaxTileRows; ++s) sums[s] += load(data + s * n + i);
+    for (int64_t s = 0; s < kMaxTileRows; ++s) {
+      fetch_early(data + s * n + i + kAhead);
+      sums[s] += load(data + s * n + i);
+    }
   }
   Vec<Real> total{};
 #pragma GCC unroll 8
