@@ -259,3 +259,38 @@ def test_row_invariant_parts_give_the_bits_of_the_whole(dtype, weight_layout, is
     for begin, end in ((0, 2), (2, 9), (9, 40), (40, 150)):
         for actual, expected in zip(part(begin, end), whole, strict=True):
             assert torch.equal(actual, expected[begin:end])
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_ids_in_place_of_a_plan_give_the_same_bits(name, dtype, bias, device):
+    shape = UNALIGNED
+    ids = routing(name, shape.num_tokens, shape.num_experts, shape.top_k).to(device)
+    ids[0, 0] = -1  # a slot of no expert
+    inputs = expert_inputs(shape, dtype, device, bias=bias)
+    expected = ops.experts(**inputs, plan=ops.plan(ids, shape.num_experts))
+    assert torch.equal(ops.experts(**inputs, plan=ids), expected)
+    for row_invariant in (False, True):
+        by_row = {"row_invariant": row_invariant}
+        expected = ops.experts(**inputs, plan=ops.plan(ids, shape.num_experts), **by_row)
+        assert torch.equal(ops.experts(**inputs, plan=ids, **by_row), expected)
+
+
+def test_ids_in_place_of_a_plan_are_differentiable(device):
+    ids = routing("zipf", UNALIGNED.num_tokens, UNALIGNED.num_experts, UNALIGNED.top_k).to(device)
+    inputs = expert_inputs(UNALIGNED, torch.float32, device, bias=True)
+    made = ops.plan(ids, UNALIGNED.num_experts)
+    by_plan = run(lambda **tensors: ops.experts(**tensors, plan=made), inputs)
+    by_ids = run(lambda **tensors: ops.experts(**tensors, plan=ids), inputs)
+    assert all(torch.equal(by_ids[name], expected) for name, expected in by_plan.items())
+
+
+def test_ids_in_place_of_a_plan_are_checked(device):
+    inputs = expert_inputs(UNALIGNED, torch.float32, device)
+    ids = torch.zeros(UNALIGNED.num_tokens, UNALIGNED.top_k, dtype=torch.int32, device=device)
+    with pytest.raises(RuntimeError, match=r"routed_experts: topk_ids must be int32, got int64 \(call .int\(\)\)"):
+        ops.experts(**inputs, plan=ids.long())
+    with pytest.raises(RuntimeError, match=r"routed_experts: topk_weights must have shape"):
+        ops.experts(**inputs, plan=ids[1:])

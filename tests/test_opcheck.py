@@ -114,6 +114,10 @@ def samples():
             ((*weights, *plan), {"save_pre_activation": False}),
             ((*bf16, *plan), {}),
         ],
+        "routed_experts": [
+            ((*saved[0], ids, *saved[1]), ACTIVATION),
+            ((*(tensor.detach() for tensor in bf16), ids), {"weight_layout": "out_in"}),
+        ],
         "experts_backward": [
             experts_backward(randn(R, 2 * I)),
             experts_backward(torch.empty(0, 2 * I)),

@@ -54,6 +54,13 @@ STABLE_TORCH_LIBRARY(moe, m) {
       "float alpha=1.0, float? limit=None, float up_offset=0.0, bool row_invariant=False, "
       "bool save_pre_activation=True, "
       "bool accumulate=False) -> (Tensor output, Tensor pre_activation)");
+  // plan and experts in one, for inference: it has no gradient. A call for one token is short enough for a second one
+  // to show.
+  m.def(
+      "routed_experts(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, "
+      "Tensor topk_ids, Tensor? gate_up_bias=None, Tensor? down_bias=None, *, str activation='swiglu', "
+      "str gate_layout='concat', str weight_layout='out_in', float alpha=1.0, float? limit=None, "
+      "float up_offset=0.0, bool row_invariant=False) -> Tensor output");
   // A gradient that is not needed comes back as an empty tensor of shape [0].
   m.def(
       "experts_backward(Tensor grad_output, Tensor hidden_states, Tensor pre_activation, Tensor gate_up_proj, "

@@ -34,6 +34,7 @@ void register_ops(Library& m) {
   m.impl("combine", TORCH_BOX(&combine<Device>));
   m.impl("combine_backward", TORCH_BOX(&combine_backward<Device>));
   m.impl("experts", TORCH_BOX(&experts<Device>));
+  m.impl("routed_experts", TORCH_BOX(&routed_experts<Device>));
   m.impl("experts_backward", TORCH_BOX(&experts_backward<Device>));
   m.impl("experts_backward_", TORCH_BOX(&experts_backward_<Device>));
   m.impl("ep_plan", TORCH_BOX(&ep_plan<Device>));

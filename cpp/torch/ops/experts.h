@@ -107,6 +107,25 @@ std::tuple<Tensor, Tensor> experts(const Tensor& hidden_states, const Tensor& ga
   return {output, pre_activation};
 }
 
+// plan, and experts without what a backward would need.
+template <typename Device>
+Tensor routed_experts(const Tensor& hidden_states, const Tensor& gate_up_proj, const Tensor& down_proj,
+                      const Tensor& topk_weights, const Tensor& topk_ids, const std::optional<Tensor>& gate_up_bias,
+                      const std::optional<Tensor>& down_bias, const std::string& activation,
+                      const std::string& gate_layout, const std::string& weight_layout, double alpha,
+                      std::optional<double> limit, double up_offset, bool row_invariant) {
+  const Op op("routed_experts", hidden_states);
+  const int64_t num_experts = op.argument("gate_up_proj", gate_up_proj).rank(3, "[num_experts, ..]").size(0);
+  const auto [offsets, rows, slots] = make_plan<Device>(op, topk_ids, num_experts, std::nullopt);
+  const ExpertsTensors tensors(op, PlanTensors(op, offsets, rows, slots),
+                               parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
+                               parse_weight_layout(op, weight_layout), row_invariant, hidden_states, gate_up_proj,
+                               down_proj, topk_weights, gate_up_bias, down_bias);
+  Tensor output = op.empty({tensors.plan.num_tokens(), tensors.hidden_size}, tensors.type());
+  op.run<Device>(ExpertsArgs{.output = output.mutable_data_ptr(), .pre_activation = nullptr, .layer = tensors.layer()});
+  return output;
+}
+
 // Which gradients are wanted, and for those of the two projections where to add them, if not to new tensors.
 struct WantedGradients {
   bool hidden_states, projections, topk_weights, biases;

@@ -11,8 +11,8 @@
 namespace moe {
 
 template <typename Device>
-std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& topk_ids, int64_t num_experts, std::optional<int64_t> capacity) {
-  const Op op("plan", topk_ids);
+std::tuple<Tensor, Tensor, Tensor> make_plan(const Op& op, const Tensor& topk_ids, int64_t num_experts,
+                                             std::optional<int64_t> capacity) {
   const Argument ids = op.argument("topk_ids", topk_ids).rank(2, "[num_tokens, top_k]").type(ScalarType::Int);
   const int64_t num_tokens = ids.size(0), top_k = ids.size(1);
   op.at_least("num_experts", num_experts, 1);
@@ -32,6 +32,11 @@ std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& topk_ids, int64_t num_expe
                           .top_k = top_k,
                           .capacity = capacity.value_or(-1)});
   return {expert_offsets, row_to_slot, slot_to_row};
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& topk_ids, int64_t num_experts, std::optional<int64_t> capacity) {
+  return make_plan<Device>(Op("plan", topk_ids), topk_ids, num_experts, capacity);
 }
 
 inline Argument check_offsets(const Op& op, const Tensor& expert_offsets) {

@@ -136,7 +136,7 @@ class Experts(nn.Module):
                 if bias is not None:
                     uniform_by_fan_in_(bias[expert], fan_in)
 
-    def forward(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan) -> Tensor:
+    def forward(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan | Tensor) -> Tensor:
         """Send each token through its experts and sum by weight.
 
         Parameters
@@ -145,8 +145,8 @@ class Experts(nn.Module):
             The tokens, in the dtype of the parameters.
         topk_weights : Tensor of shape (num_tokens, top_k), dtype=float32
             The weight of each token's experts.
-        plan : Plan
-            What :func:`torch_moe.ops.plan` returned for these tokens.
+        plan : Plan, or Tensor of shape (num_tokens, top_k), dtype=int32
+            What :func:`torch_moe.ops.plan` returned for these tokens, or their ``topk_ids``.
 
         Returns
         -------
@@ -158,14 +158,15 @@ class Experts(nn.Module):
         if self.weight_position == "input":
             # Every slot becomes a token of its own, already multiplied; slots have the same numbers in both plans.
             slots = (hidden_states.unsqueeze(1) * topk_weights.unsqueeze(-1).to(hidden_states.dtype)).flatten(0, 1)
-            each = plan._replace(slot_to_row=plan.slot_to_row.reshape(-1, 1))
+            made = self._plan(plan)
+            each = made._replace(slot_to_row=made.slot_to_row.reshape(-1, 1))
             outputs = self._apply_experts(slots, torch.ones_like(topk_weights).reshape(-1, 1), each)
             return outputs.view(*topk_weights.shape, -1).sum(dim=1)
         return self._apply_experts(hidden_states, topk_weights, plan)
 
-    def _apply_experts(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan) -> Tensor:
+    def _apply_experts(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan | Tensor) -> Tensor:
         if self.training and self.dropout > 0:
-            return self._forward_with_dropout(hidden_states, topk_weights, plan)
+            return self._forward_with_dropout(hidden_states, topk_weights, self._plan(plan))
         return ops.experts(
             hidden_states,
             self.gate_up_proj,
@@ -183,6 +184,9 @@ class Experts(nn.Module):
             recompute=self.recompute,
             accumulate=self.accumulate,
         )
+
+    def _plan(self, plan: ops.Plan | Tensor) -> ops.Plan:
+        return ops.plan(plan, self.num_experts) if isinstance(plan, Tensor) else plan
 
     def _forward_with_dropout(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan) -> Tensor:
         """Run the stages one by one, because nothing enters the fused operator between its two products."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torch_moe.ops._common import Context, Options, autocast_dtype, check_rank, refuse_double_backward, register_fake
 from torch_moe.ops.plan import Plan
+from torch_moe.ops.plan import plan as make_plan
 
 
 def experts(
@@ -14,7 +15,7 @@ def experts(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     topk_weights: Tensor,
-    plan: Plan,
+    plan: Plan | Tensor,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     *,
@@ -50,8 +51,9 @@ def experts(
         Second weights; swapped likewise.
     topk_weights : Tensor of shape (num_tokens, top_k), dtype=float32 (float64 for float64 hidden states)
         The weight of each slot.
-    plan : Plan
-        What :func:`plan` returned for these tokens.
+    plan : Plan, or Tensor of shape (num_tokens, top_k), dtype=int32
+        What :func:`plan` returned for these tokens; or their ``topk_ids``, to have the plan made inside, which saves a
+        call where nothing is differentiated.
     gate_up_bias : Tensor of shape (num_experts, 2 * intermediate_size), same dtype, default=None
         First biases; (num_experts, intermediate_size) when not gated.
     down_bias : Tensor of shape (num_experts, hidden_size), same dtype, default=None
@@ -93,7 +95,28 @@ def experts(
         down_bias = None if down_bias is None else down_bias.to(dtype)
     differentiable = (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    output: Tensor = torch.ops.moe.experts(
+    output: Tensor
+    if isinstance(plan, Tensor):
+        if not needs_grad:
+            output = torch.ops.moe.routed_experts.default(
+                hidden_states,
+                gate_up_proj,
+                down_proj,
+                topk_weights,
+                plan,
+                gate_up_bias,
+                down_bias,
+                activation=activation,
+                gate_layout=gate_layout,
+                weight_layout=weight_layout,
+                alpha=alpha,
+                limit=limit,
+                up_offset=up_offset,
+                row_invariant=row_invariant,
+            )
+            return output
+        plan = make_plan(plan, gate_up_proj.shape[0])
+    output = torch.ops.moe.experts(
         hidden_states,
         gate_up_proj,
         down_proj,
@@ -135,6 +158,12 @@ def _(
     num_rows = row_to_slot.shape[0] if save_pre_activation else 0
     width = gate_up_proj.shape[1 if weight_layout == "out_in" else 2]
     return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty((num_rows, width))
+
+
+@register_fake("routed_experts")
+def _(hidden_states: Tensor, *tensors: Tensor | None, **options: Options) -> Tensor:
+    check_rank("routed_experts", "hidden_states", hidden_states, 2)
+    return hidden_states.new_empty(hidden_states.shape)
 
 
 def _empty_gradient(like: Tensor, of: Tensor | None, needed: bool) -> Tensor:
