@@ -40,9 +40,10 @@ def main() -> None:
         calls[rows] = lambda tokens=tokens, offsets=offsets: ops.grouped_gemm(
             tokens, weight, offsets, weight_layout=args.layout
         )
-    before = Machine(_C.fma_rate(seconds=0.5), _C.read_bandwidth(1024, 0.5))
+    memory = _C.MemoryReader(1024)
+    before = Machine(_C.fma_rate(seconds=0.5), memory.best())
     timings = interleave({str(rows): call for rows, call in calls.items()}, rounds=args.rounds)
-    machine = before.best(Machine(_C.fma_rate(seconds=0.5), _C.read_bandwidth(1024, 0.5)))
+    machine = before.best(Machine(_C.fma_rate(seconds=0.5), memory.best()))
 
     print(f"{_C.isa()}, {_C.num_threads()} threads, {machine.gflops:.0f} GFLOP/s, {machine.read_gbytes:.1f} GB/s")
     print(f"{'rows':>5} {'kernel':<17} {'ms':>8} {'GFLOP/s':>8} {'% of floor':>10} {'bound by':>9}")

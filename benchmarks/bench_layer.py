@@ -1,8 +1,10 @@
 """The MoE FFN layer in named cases: how near each comes to the machine's floor.
 
 Weights and routing are given; a call is the plan and the experts. Floor = max(FLOPs / measured FMA rate, bytes of the
-hit experts' weights / measured read bandwidth); both are read again between the cases. At 16 tokens and fewer, the
-caches are emptied before each call. Every result is verified against the fp64 reference before it is timed.
+hit experts' weights / measured read bandwidth); both are read right before and right after each sample. The percent of
+the floor is the median over samples of the floor at their moment over their time; beside it stands that of the floor
+which the best readings of the case make. At 16 tokens and fewer, the caches are emptied before each call. Every result
+is verified against the fp64 reference before it is timed.
 
     python benchmarks/bench_layer.py --list
     python benchmarks/bench_layer.py --case seed-t512,switch-t512 --dtype bf16 --compare

@@ -22,14 +22,18 @@ NOISY = 0.25
 class Bench:
     """What all cases of a run share: where words go, how samples are taken, and every reading of the machine.
 
-    The floor of a case is made of the best readings around and between its own samples: a slow reading only tells that
-    others used the machine, but a clock that was faster an hour ago is no floor for this case.
+    A sample of a case is compared with two floors. That of its moment is made of the rates read right before and right
+    after it (`paired`): the bandwidth of a shared machine moves by half, in milliseconds or for minutes. The other is
+    made of the best readings around and between all samples of the case: it is what the machine could do if nobody else
+    used it, and never lower.
     """
 
     def __init__(self, display: Display, *, realtime: bool = False) -> None:
         self.display = display
         self.readings: list[Machine] = []
-        self.quiet = Quiet(self._spin, realtime=realtime)
+        self.quiet = Quiet(self._spin, cached=floor.cached_spin, realtime=realtime)
+        self._memory = floor.memory_reader(machine.memory_budget())
+        self.paired = Quiet(self._spin, cached=floor.cached_spin, beside={"read": self._read}, realtime=realtime)
         self._notes: set[str] = set()
 
     def _spin(self) -> float:
@@ -37,11 +41,17 @@ class Bench:
         self.readings.append(Machine(rate, 0.0))
         return rate
 
+    def _read(self) -> float:
+        with using_isa(_C.available_isas()[0]):
+            rate = self._memory.read()
+        self.readings.append(Machine(0.0, rate))
+        return rate
+
     def read_floor(self) -> None:
         """Read FMA rate and bandwidth by the machine's best instruction set, whatever the contenders use."""
         with using_isa(_C.available_isas()[0]), self.quiet.undisturbed():
             # That of fp32 is the rate of FMAs: never that of matrix units.
-            self.readings.append(floor.measure(torch.float32, machine.memory_budget()))
+            self.readings.append(floor.read(torch.float32, self._memory))
 
     def best_since(self, start: int) -> Machine:
         """Return the best of the readings from number `start` on."""

@@ -35,7 +35,7 @@ class Row:
     timing: Timing
     work: Work
     tokens_per_expert: tuple[int, ...]
-    machine: Machine  # its limits around the samples
+    machine: Machine  # the best readings around and between the samples
 
     @property
     def target(self) -> Target | None:
@@ -50,7 +50,30 @@ class Row:
         return statistics.median(self.quiet.noise)
 
     @property
+    def moment(self) -> Machine:
+        """The median of the rates beside the samples."""
+        return Machine(self._median("spin"), self._median("read"))
+
+    @property
+    def cached_gflops(self) -> float:
+        """The rate of FMAs fed by the caches, beside the samples: much below `moment`, others use these caches."""
+        return self._median("cached")
+
+    def _median(self, rate: str) -> float:
+        return statistics.median(rates[rate] for rates in self.quiet.rates)
+
+    @property
     def percent_of_floor(self) -> float:
+        """Median over samples of the floor at the moment of each over its time."""
+        quiet = self.quiet
+        pairs = zip(quiet.samples, quiet.rates, strict=True)
+        return 100 * statistics.median(
+            self.work.floor(Machine(rates["spin"], rates["read"])) / seconds for seconds, rates in pairs
+        )
+
+    @property
+    def percent_of_best_floor(self) -> float:
+        """The floor of the best readings over the median."""
         return 100 * self.work.floor(self.machine) / self.quiet.median
 
 
@@ -98,7 +121,7 @@ def run_cases(
         using_isa(isas[0]),
     ):
         before_sample = bench.between_rounds(on_sample)
-        timings = interleave(calls, rounds=rounds, prepare=prepare, observe=bench.quiet, on_sample=before_sample)
+        timings = interleave(calls, rounds=rounds, prepare=prepare, observe=bench.paired, on_sample=before_sample)
     bench.read_floor()
     limits = bench.best_since(start)
     bench.display.note(f"floor of these: {limits.gflops:.0f} GFLOP/s of FMAs, {limits.read_gbytes:.1f} GB/s of reads")

@@ -129,11 +129,26 @@ def test_a_layer_too_large_is_left_out_and_said(tmp_path, monkeypatch, capsys):
 def test_percent_of_floor_takes_the_quiet_samples():
     timing = Timing((1.0, 9.0, 1.0, 9.0, 9.0), (0.0, 0.9, 0.0, 0.9, 0.9))
     assert row_of(timing).percent_of_floor == 50.0
+    assert row_of(timing).percent_of_best_floor == 50.0
     assert row_of(timing).target == CASES["seed-t1"].targets["fp32", "forward"]
 
 
+def test_percent_of_floor_is_that_of_the_moment_of_each_sample():
+    """Slower memory, slower samples: the layer is as good as before, and the best reading says otherwise."""
+    reads = (4.0, 1.0, 2.0, 2.0, 1.0)  # a floor of 0.25, 1, 0.5 .. seconds
+    rates = tuple({"spin": 10.0, "cached": 9.0, "read": read} for read in reads)
+    row = row_of(Timing(tuple(1.25 / read for read in reads), (0.0,) * 5, rates))
+    row = replace(row, work=Work(1e9, 1e9), machine=Machine(10.0, 4.0))
+    assert row.percent_of_floor == pytest.approx(80.0)
+    assert row.percent_of_best_floor == pytest.approx(100 * 0.25 / 0.625)
+    assert (row.moment, row.cached_gflops) == (Machine(10.0, 2.0), 9.0)
+    slow_core = [{"spin": 0.5, "cached": 0.5, "read": 4.0}] * 5  # a floor of two seconds, of arithmetic
+    assert replace(row, timing=Timing((2.5,) * 5, (0.0,) * 5, tuple(slow_core))).percent_of_floor == pytest.approx(80.0)
+
+
 def row_of(timing, routing="zipf"):
-    """A row whose floor is half a second."""
+    """A row whose floor is half a second, also at the moment of each sample."""
+    timing = timing if timing.rates else replace(timing, rates=({"spin": 10.0, "read": 10.0},) * len(timing.samples))
     limits, work = Machine(gflops=10.0, read_gbytes=10.0), Work(5e9, 1e9)
     return layer_runs.Row(CASES["seed-t1"], "fp32", "forward", routing, "torch_moe", "", timing, work, (1,), limits)
 
@@ -156,8 +171,8 @@ def test_markdown_gives_the_worst_routing_first_and_the_peer():
 
 def test_the_floor_is_that_of_the_best_instruction_set(monkeypatch):
     used = []
-    monkeypatch.setattr(floor, "measure", lambda dtype, memory: used.append((dtype, _C.isa())) or Machine(1.0, 1.0))
-    bench = Bench(None)
+    monkeypatch.setattr(floor, "read", lambda dtype, memory: used.append((dtype, _C.isa())) or Machine(1.0, 1.0))
+    bench = Bench(Display())
     with using_isa(_C.available_isas()[-1]):
         bench.read_floor()
         assert _C.isa() == _C.available_isas()[-1]
@@ -166,9 +181,10 @@ def test_the_floor_is_that_of_the_best_instruction_set(monkeypatch):
 
 def test_the_floor_of_a_case_is_the_best_reading_around_it(monkeypatch):
     readings = iter([Machine(9.0, 9.0), Machine(3.0, 1.0), Machine(1.0, 3.0), Machine(1.0, 2.0), Machine(9.0, 9.0)])
-    monkeypatch.setattr(floor, "measure", lambda dtype, memory: next(readings))
+    monkeypatch.setattr(floor, "read", lambda dtype, memory: next(readings))
     monkeypatch.setattr(floor, "spin", lambda: 2.0)
     bench = Bench(Display())
+    monkeypatch.setattr(bench._memory.__class__, "read", lambda memory: 1.0, raising=False)
     bench.read_floor()
     options = {"passes": ["forward"], "routings": ["zipf"], "isas": [_C.isa()], "compare": False, "seed": 0}
     (row,) = layer_runs.run_cases(bench, [CASES["seed-t1"]], "fp32", rounds=6, **options)  # one more after five rounds
@@ -179,9 +195,13 @@ def test_the_floor_of_a_case_is_the_best_reading_around_it(monkeypatch):
 
 def test_spins_are_readings_too(monkeypatch):
     monkeypatch.setattr(floor, "spin", lambda: 4.0)
-    bench = Bench(None)
-    bench.quiet(lambda: 1.0)
-    assert bench.readings == [Machine(4.0, 0.0)] * 3
+    bench = Bench(Display())
+    bench.readings.clear()
+    bench.paired(lambda: 1.0)
+    spun, read = bench.readings[0], bench.readings[1]
+    assert (spun, read.gflops) == (Machine(4.0, 0.0), 0.0)
+    assert read.read_gbytes > 0
+    assert [reading.gflops for reading in bench.readings] == [4.0, 0.0, 0.0, 4.0]
 
 
 def test_list_names_every_case(capsys):

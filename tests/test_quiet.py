@@ -11,6 +11,7 @@ import pytest
 
 from torch_moe.testing import quiet
 from torch_moe.testing.quiet import Quiet, realtime, seconds_waited, thread_ids
+from torch_moe.testing.timing import Sample
 
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="/proc/self/task is absent")
 
@@ -47,7 +48,7 @@ def test_refusal_is_told_and_samples_run_all_the_same(scheduler, monkeypatch):
     run = Quiet(lambda: 1.0, realtime=True)
     assert run.refused == "SCHED_FIFO refused (Operation not permitted)"
     assert "refused" in run.words
-    assert run(lambda: 3.0)[0] == 3.0
+    assert run(lambda: 3.0).seconds == 3.0
 
 
 def test_a_thread_that_stays_outside_is_told(scheduler, monkeypatch):
@@ -81,7 +82,37 @@ def test_threads_are_those_of_the_process():
 def test_a_machine_of_ones_own_has_no_noise(monkeypatch):
     monkeypatch.setattr(quiet, "seconds_waited", lambda: 0.0)
     monkeypatch.setattr(quiet, "seconds_stolen", lambda: 0.0)
-    assert Quiet(lambda: 100.0)(lambda: 2.0) == (2.0, 0.0)
+    assert Quiet(lambda: 100.0)(lambda: 2.0) == Sample(2.0, 0.0, {"spin": 100.0})
+
+
+def test_rates_beside_a_sample_are_paired_with_it_and_are_no_noise(monkeypatch):
+    monkeypatch.setattr(quiet, "seconds_waited", lambda: 0.0)
+    monkeypatch.setattr(quiet, "seconds_stolen", lambda: 0.0)
+    order, reads = [], iter((60.0, 30.0, 20.0, 20.0))
+
+    def read():
+        order.append("read")
+        return next(reads)
+
+    def spin():
+        order.append("spin")
+        return 100.0
+
+    run = Quiet(spin, cached=lambda: order.append("cached") or 90.0, beside={"read": read})
+    order.clear()
+    first, second = (run(lambda: order.append("sample") or 1.0) for _ in range(2))
+    assert order[:7] == ["spin", "cached", "read", "sample", "read", "cached", "spin"]  # memory nearest to the sample
+    assert first == Sample(1.0, 0.0, {"spin": 100.0, "cached": 90.0, "read": pytest.approx(40.0)})
+    assert second.rates["read"] == 20.0
+    assert second.noise == 0.0
+
+
+def test_who_shares_the_caches_is_noise_although_registers_are_as_fast(monkeypatch):
+    monkeypatch.setattr(quiet, "seconds_waited", lambda: 0.0)
+    monkeypatch.setattr(quiet, "seconds_stolen", lambda: 0.0)
+    rates = iter((90.0, 90.0, 63.0))
+    run = Quiet(lambda: 100.0, cached=lambda: next(rates))
+    assert run(lambda: 1.0).noise == pytest.approx(0.3)
 
 
 def test_noise_is_the_share_lost_to_processes_guests_and_clock(monkeypatch):
@@ -91,7 +122,7 @@ def test_noise_is_the_share_lost_to_processes_guests_and_clock(monkeypatch):
         monkeypatch.setattr(quiet, "seconds_waited", lambda: next(waits))
         monkeypatch.setattr(quiet, "seconds_stolen", lambda: next(steals))
         monkeypatch.setattr(quiet, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-        return Quiet(lambda: next(spins))(lambda: 0.05)[1]
+        return Quiet(lambda: next(spins))(lambda: 0.05).noise
 
     assert noise(waited=0.025) == pytest.approx(0.5)
     assert noise(stolen=0.0125) == pytest.approx(0.25)

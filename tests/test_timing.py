@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from torch_moe.testing import timing as timing_module
-from torch_moe.testing.timing import Timing, interleave, noise
+from torch_moe.testing.timing import Sample, Timing, interleave, noise
 
 
 def test_rounds_interleave_and_rotate():
@@ -81,10 +81,17 @@ def test_the_quietest_samples_count():
     assert Timing((3.0, 4.0)).quietest() == Timing((3.0, 4.0))
 
 
+def test_the_quietest_samples_keep_their_own_rates():
+    rates = tuple({"read": rate} for rate in (1.0, 2.0, 3.0, 4.0))
+    timing = Timing((5.0, 6.0, 7.0, 8.0), (0.4, 0.1, 0.3, 0.2), rates)
+    assert timing.quietest(least=2) == Timing((6.0, 8.0), (0.1, 0.2), (rates[1], rates[3]))
+
+
 def test_samples_are_observed():
     def observe(sample):
-        return 2 * sample(), 0.25
+        return Sample(2 * sample(), 0.25, {"read": 7.0})
 
     timings = interleave({"a": lambda: time.sleep(0.002)}, rounds=3, observe=observe)
     assert timings["a"].noise == (0.25,) * 3
+    assert timings["a"].rates == ({"read": 7.0},) * 3
     assert timings["a"].median > 0.004

@@ -6,7 +6,7 @@
 #include <memory>
 #include <new>
 
-#include "huge_pages.h"
+#include "moe/huge_pages.h"
 #include "moe/types.h"
 
 namespace moe {

@@ -7,7 +7,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+
 #include "moe/floor.h"
+#include "moe/huge_pages.h"
 #include "moe/isa.h"
 #include "moe/placement.h"
 #include "thread_pool.h"
@@ -121,12 +124,25 @@ PYBIND11_MODULE(_C, m) {
       py::arg("fp64") = false, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
       "GFLOP/s of fused multiply-adds on registers, on all threads.");
   m.def(
-      "read_bandwidth",
-      [](int64_t mebibytes, double seconds) {
-        return moe::read_bandwidth_cpu(mebibytes << 20, seconds, moe::kTorchPool) / 1e9;
-      },
-      py::arg("mebibytes") = 512, py::arg("seconds") = 0.5, py::call_guard<py::gil_scoped_release>(),
-      "GB/s of reading memory, eight streams per thread, on all threads.");
+      "tile_rate", [](double seconds) { return moe::tile_rate_cpu(seconds, moe::kTorchPool) / 1e9; },
+      py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
+      "GFLOP/s of a GEMM's tile whose operands are in the first-level cache, fp32, on all threads.");
+  py::class_<moe::MemoryReader>(m, "MemoryReader", "Memory to read, eight streams per thread, on all threads.")
+      .def(py::init(
+               [](int64_t mebibytes) { return std::make_unique<moe::MemoryReader>(mebibytes << 20, moe::kTorchPool); }),
+           py::arg("mebibytes"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "read", [](moe::MemoryReader& memory) { return memory.read() / 1e9; },
+          py::call_guard<py::gil_scoped_release>(), "GB/s of reading the next quarter of it once.")
+      .def(
+          "best", [](moe::MemoryReader& memory, double seconds) { return memory.best(seconds) / 1e9; },
+          py::arg("seconds") = 0.5, py::call_guard<py::gil_scoped_release>(),
+          "GB/s, the best of the quarters read in `seconds`.");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, size_t bytes) { moe::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"),
+      "Asks for 2 MiB pages under memory that nothing has touched yet; a hint, which nothing depends on.");
   m.def("solve_placement", &solve_placement, py::arg("loads"), py::arg("current"), py::kw_only(), py::arg("num_layers"),
         py::arg("num_experts"), py::arg("ep_size"), py::arg("places_per_rank"), py::arg("num_physical"),
         py::arg("nodes"), py::arg("num_groups"), py::arg("slack"), py::arg("max_moves"),

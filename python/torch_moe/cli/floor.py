@@ -9,6 +9,7 @@ forward; in the backward they are read again and a gradient of every expert is w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,19 +58,37 @@ def measure(dtype: torch.dtype, available: int) -> Machine:
     available : int
         Free memory in bytes; the bandwidth test takes at most an eighth of it.
     """
-    mebibytes = max(64, min(BANDWIDTH_MEBIBYTES, available // 8 >> 20))
+    return read(dtype, memory_reader(available))
+
+
+def memory_reader(available: int) -> _C.MemoryReader:
+    """Return memory to read, an eighth of what is available at most."""
+    return _C.MemoryReader(max(64, min(BANDWIDTH_MEBIBYTES, available // 8 >> 20)))
+
+
+def read(dtype: torch.dtype, memory: _C.MemoryReader) -> Machine:
+    """Do what `measure` does, with memory at hand."""
     rate = _C.fma_rate(seconds=SECONDS)
     if dtype != torch.float32:
         rate = max(rate, _matmul_gflops(dtype))
-    return Machine(rate, _C.read_bandwidth(mebibytes, SECONDS))
+    return Machine(rate, memory.best(SECONDS))
 
 
 def spin() -> float:
-    """Multiply and add on registers for a few milliseconds, by the fastest instruction set; return the rate."""
+    """Multiply and add on registers for a few milliseconds, by the fastest instruction set; return GFLOP/s."""
+    return _by_the_fastest(lambda: _C.fma_rate(seconds=0.0))
+
+
+def cached_spin() -> float:
+    """Do the same with operands in the first-level caches, as the tiles of a GEMM do; return GFLOP/s."""
+    return _by_the_fastest(lambda: _C.tile_rate(seconds=0.0))
+
+
+def _by_the_fastest(rate: Callable[[], float]) -> float:
     before = _C.isa()
     _C.set_isa(_C.available_isas()[0])
     try:
-        return _C.fma_rate(seconds=0.0)
+        return rate()
     finally:
         _C.set_isa(before)
 

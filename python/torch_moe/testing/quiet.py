@@ -1,21 +1,29 @@
-"""Samples that others disturb little: the real-time scheduling class around each, and an estimate of what was lost.
+"""Samples that others disturb little: the real-time scheduling class around each, and what the machine gave it.
 
-A shared machine disturbs in three ways, and each leaves a trace that costs nothing to read:
+A shared machine disturbs in four ways, and each leaves a trace that costs little to read:
 
 - other processes run on our cores: the time our threads waited for one (``/proc/self/task/*/schedstat``, in ns);
 - the hypervisor runs other guests on them: stolen ticks (``/proc/stat``; of 10 ms, so short samples show it coarsely);
-- others share a core's units, its power or its clock: a few milliseconds of arithmetic right before and after the
-  sample run slower than they can.
+- others share a core's power, clock or units: a few milliseconds of arithmetic on registers right before and after the
+  sample run slower than they can; others share a core's caches: the same arithmetic fed by them runs slower, although
+  that on registers may not;
+- others take memory bandwidth: it is read right before and after the sample.
 
-The noise of a sample is the share of the machine that these three left it without. Others that take memory bandwidth
-leave no such trace: readings of the bandwidth between the samples show them.
+The noise of a sample is the share of the machine that the first three left it without. The fourth is no noise to be
+thrown away, because some machines have no quiet time: the bandwidth goes up and down by half, for seconds or for
+milliseconds. It is paired instead. A sample comes with the rates beside it, each the harmonic mean of the reading
+before and the reading after, so that a time can be compared with what the machine could do at that moment, and not
+with what it could do in the best moment of a long run. Each is the reading of a single pass, never the best of several.
 """
 
 import os
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from torch_moe.testing.timing import Sample
 
 PROC = Path("/proc")
 
@@ -81,12 +89,16 @@ def realtime() -> Iterator[str | None]:
 
 
 class Quiet:
-    """Run samples for :func:`torch_moe.testing.timing.interleave` and estimate the noise of each.
+    """Run samples for :func:`torch_moe.testing.timing.interleave`, and look at the machine beside each.
 
     Parameters
     ----------
     spin : callable
         A few milliseconds of arithmetic on all threads, which touches no memory; returns its rate.
+    cached : callable, default=None
+        The same with operands in the first-level caches.
+    beside : mapping of str to callable, default=None
+        What else to read right before and right after each sample, the last one nearest to it; each returns a rate.
     realtime : bool, default=False
         Put all threads into the real-time class for the samples, where that is permitted.
 
@@ -96,14 +108,28 @@ class Quiet:
         Why samples run outside the real-time class; None when they run in it or nobody asked.
     """
 
-    def __init__(self, spin: Callable[[], float], *, realtime: bool = False) -> None:
-        self._spin = spin
+    def __init__(
+        self,
+        spin: Callable[[], float],
+        *,
+        cached: Callable[[], float] | None = None,
+        beside: Mapping[str, Callable[[], float]] | None = None,
+        realtime: bool = False,
+    ) -> None:
+        self._spins = {"spin": spin} | ({"cached": cached} if cached is not None else {})
+        self._probes = self._spins | dict(beside or {})
         self._realtime = realtime
-        self._best_rate = spin()  # starts the thread pool, too: only threads that exist can change their class
         self.refused: str | None = None
+        self._best = self._spin()  # starts the thread pool, too: only threads that exist can change their class
         if realtime:
             with self.undisturbed():
-                self._best_rate = max(self._best_rate, spin())
+                self._note(self._spin())
+
+    def _spin(self) -> dict[str, float]:
+        return {name: spin() for name, spin in self._spins.items()}
+
+    def _note(self, rates: Mapping[str, float]) -> None:
+        self._best = {name: max(best, rates[name]) for name, best in self._best.items()}
 
     @property
     def words(self) -> str:
@@ -123,17 +149,19 @@ class Quiet:
         with realtime() as self.refused:
             yield
 
-    def __call__(self, sample: Callable[[], float]) -> tuple[float, float]:
-        """Return what the sample returned, and its noise: 0 is a machine of one's own, 1 got nothing of it."""
+    def __call__(self, sample: Callable[[], float]) -> Sample:
+        """Return what the sample returned, its noise (0 is a machine of one's own), and the rates beside it."""
         with self.undisturbed():
-            rate = self._spin()
+            before = {name: probe() for name, probe in self._probes.items()}
             waited, stolen, start = seconds_waited(), seconds_stolen(), time.perf_counter()
             seconds = sample()
             elapsed = time.perf_counter() - start
             waited, stolen = seconds_waited() - waited, seconds_stolen() - stolen
-            rate = min(rate, self._spin())
-        self._best_rate = max(self._best_rate, rate)
-        left = rate / self._best_rate
+            after = {name: probe() for name, probe in reversed(self._probes.items())}
+        self._note(before)
+        self._note(after)
+        left = min(min(before[name], after[name]) / best for name, best in self._best.items())
         for lost in (waited, stolen):
             left *= 1 - min(1.0, max(0.0, lost / elapsed))
-        return seconds, 1 - left
+        rates = {name: statistics.harmonic_mean((before[name], after[name])) for name in self._probes}
+        return Sample(seconds, 1 - left, rates)

@@ -11,11 +11,31 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
-# Runs a function that returns seconds per call; returns that, and an estimate of how much the machine was disturbed.
-Observe = Callable[[Callable[[], float]], tuple[float, float]]
+
+class Sample(NamedTuple):
+    """What an observer tells of one sample.
+
+    Parameters
+    ----------
+    seconds : float
+        Per call.
+    noise : float, default=0.0
+        The share of the machine that the sample did not get.
+    rates : dict of str to float, default=None
+        What the machine gave right beside the sample, by name; None where nobody looked.
+    """
+
+    seconds: float
+    noise: float = 0.0
+    rates: dict[str, float] | None = None
+
+
+# Runs a function that returns seconds per call; returns that, and what it saw of the machine.
+Observe = Callable[[Callable[[], float]], Sample]
 
 
 @dataclass(frozen=True)
@@ -28,10 +48,13 @@ class Timing:
         Seconds per call.
     noise : tuple of float, default=()
         Per sample, the share of the machine that it did not get; empty where nobody estimated it.
+    rates : tuple of dict of str to float, default=()
+        Per sample, what the machine gave right beside it; empty where nobody looked.
     """
 
     samples: tuple[float, ...]
     noise: tuple[float, ...] = ()
+    rates: tuple[dict[str, float], ...] = field(default=(), repr=False)
 
     @property
     def median(self) -> float:
@@ -65,7 +88,11 @@ class Timing:
             return self
         count = min(len(self.samples), max(least, math.ceil(share * len(self.samples))))
         kept = sorted(sorted(range(len(self.samples)), key=self.noise.__getitem__)[:count])
-        return Timing(tuple(self.samples[i] for i in kept), tuple(self.noise[i] for i in kept))
+        return Timing(
+            tuple(self.samples[i] for i in kept),
+            tuple(self.noise[i] for i in kept),
+            tuple(self.rates[i] for i in kept if self.rates),
+        )
 
     def ratio_to(self, other: Timing) -> float:
         """Return the median over rounds of this sample over the other's of the same round."""
@@ -115,7 +142,7 @@ def interleave(
     prepare : mapping of str to callable, default=None
         What to do before each sample of a candidate, untimed; its samples are single calls (emptied caches).
     observe : callable or None, default=None
-        Runs each sample and estimates its noise: :class:`torch_moe.testing.quiet.Quiet`.
+        Runs each sample and looks at the machine meanwhile: :class:`torch_moe.testing.quiet.Quiet`.
 
     Returns
     -------
@@ -138,8 +165,7 @@ def interleave(
     per_round = sum(warm[name] * calls[name] for name in candidates)
     count = rounds if rounds is not None else max(3, min(25, int(budget / max(per_round, 1e-9))))
 
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    noise: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[str, list[Sample]] = {name: [] for name in candidates}
     names = list(candidates)
     for number in range(count):
         start = number % max(1, len(names))
@@ -149,13 +175,16 @@ def interleave(
             if name in prepare:
                 prepare[name]()
             sample = partial(_sample, candidates[name], calls[name])
-            if observe is None:
-                samples[name].append(sample())
-            else:
-                seconds, disturbed = observe(sample)
-                samples[name].append(seconds)
-                noise[name].append(disturbed)
-    return {name: Timing(tuple(samples[name]), tuple(noise[name])) for name in candidates}
+            samples[name].append(Sample(sample()) if observe is None else observe(sample))
+    return {name: _timing(samples[name], observe is not None) for name in candidates}
+
+
+def _timing(samples: list[Sample], observed: bool) -> Timing:
+    return Timing(
+        tuple(sample.seconds for sample in samples),
+        tuple(sample.noise for sample in samples) if observed else (),
+        tuple(sample.rates for sample in samples if sample.rates is not None),
+    )
 
 
 def _sample(call: Callable[[], object], calls: int) -> float:
