@@ -1,11 +1,14 @@
 """Experts: parameters, their initialisation, the operator behind, and what it refuses."""
 
+import pathlib
+import re
+
 import pytest
 import torch
 from helpers import make_plan, randn
 
 from torch_moe import Experts, ops
-from torch_moe.testing import SHAPES
+from torch_moe.testing import SHAPES, routing
 
 SHAPE = SHAPES["unaligned"]
 T, H, I, E, K = SHAPE  # noqa: E741
@@ -117,3 +120,36 @@ def test_repr_names_every_option_that_is_set():
 def test_refused(change, message):
     with pytest.raises(ValueError, match=f"ExpertsConfig: {message}"):
         Experts(**{"hidden_size": H, "intermediate_size": I, "num_experts": E, **change})
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_position": "input"}, {"dropout": 0.5}], ids=["plain", "input", "dropout"]
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_ids_in_place_of_a_plan(options, grad, device):
+    experts = Experts(H, I, E, device=device, **options)
+    x, weights = randn(T, H, device=device), randn(T, K, device=device, seed=1)
+    ids = routing("zipf", T, E, K).to(device)
+    outputs = []
+    for plan in (ops.plan(ids, E), ids):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(grad):
+            outputs.append(experts(x, weights, plan))
+    assert torch.equal(*outputs)
+
+
+def test_parameters_lie_on_large_pages_where_the_system_has_them():
+    """What is asked for is seen in the flags of the mapping; a hint that went to other memory would not be."""
+    maps = pathlib.Path("/proc/self/smaps")
+    if not maps.exists():
+        pytest.skip("/proc/self/smaps is absent")
+    experts = Experts(1024, 1024, 4)
+    address = experts.gate_up_proj.data_ptr() + (1 << 20)
+    inside = False
+    for line in maps.read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            assert "hg" in line.split()
+            return
+    pytest.fail("no mapping holds the parameters")

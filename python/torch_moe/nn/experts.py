@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from torch_moe import ops
 from torch_moe.config import ExpertsConfig
-from torch_moe.nn._common import uniform_by_fan_in_
+from torch_moe.nn._common import empty_on_large_pages, uniform_by_fan_in_
 
 
 class Experts(nn.Module):
@@ -103,7 +103,7 @@ class Experts(nn.Module):
         self.expert_dropout = expert_dropout
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+            return nn.Parameter(empty_on_large_pages(num_experts, *shape, device=device, dtype=dtype))
 
         pre_activation_size = self.config.pre_activation_size
         gate_up, down = (pre_activation_size, hidden_size), (hidden_size, intermediate_size)
