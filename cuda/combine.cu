@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(Tiling::kThreads)
     combine_kernel(T* output, const T* rows, const Wide<T>* topk_weights, PlanView plan, int64_t width,
                    int64_t stride) {
   using Real = Wide<T>;
+  after_previous_kernel();
   const int top_k = static_cast<int>(plan.top_k);
   for_tiles(plan.num_tokens, width / kCount, 1, [&](int64_t token, int64_t piece) {
     const int64_t first_slot = token * top_k, column = piece * kCount;
@@ -152,6 +153,7 @@ __device__ __forceinline__ int64_t expert_of_row(const int32_t* offsets, int64_t
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarpsPerBlock) grad_weights_kernel(GradWeightsTask task) {
   using Real = Wide<T>;
+  after_previous_kernel();
   const int lane = threadIdx.x % 32;
   const int64_t slot = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / 32;
   if (slot >= num_slots(task.plan)) return;
@@ -182,9 +184,9 @@ Status sum_rows(const SumTask& task, const CudaContext& cuda) {
     const bool whole = fits_pieces((task.width | task.stride) * kBytes, task.output, task.rows);
     return with_piece<T>(whole, [&](auto count) {
       const Tiling tiling(task.plan.num_tokens, task.width / count);
-      LAUNCH((combine_kernel<T, count>), tiling.grid, tiling.block, 0, stream(cuda), static_cast<T*>(task.output),
-             static_cast<const T*>(task.rows), static_cast<const Wide<T>*>(task.topk_weights), task.plan, task.width,
-             task.stride);
+      LAUNCH_EX((combine_kernel<T, count>), overlapping(tiling.grid, tiling.block, 0, cuda),
+                static_cast<T*>(task.output), static_cast<const T*>(task.rows),
+                static_cast<const Wide<T>*>(task.topk_weights), task.plan, task.width, task.stride);
       return launched("combine", cuda);
     });
   });
@@ -193,8 +195,8 @@ Status sum_rows(const SumTask& task, const CudaContext& cuda) {
 Status reduce_grad_weights(const GradWeightsTask& task, const CudaContext& cuda) {
   if (num_slots(task.plan) == 0) return Status::kOk;
   return with_type(task.dtype, [&]<typename T>(std::type_identity<T>) {
-    LAUNCH(grad_weights_kernel<T>, dim3(static_cast<unsigned>(ceil_div(num_slots(task.plan), kWarpsPerBlock))),
-           dim3(32 * kWarpsPerBlock), 0, stream(cuda), task);
+    const dim3 grid(static_cast<unsigned>(ceil_div(num_slots(task.plan), kWarpsPerBlock)));
+    LAUNCH_EX(grad_weights_kernel<T>, overlapping(grid, dim3(32 * kWarpsPerBlock), 0, cuda), task);
     return launched("grad_weights", cuda);
   });
 }

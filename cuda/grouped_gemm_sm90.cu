@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     gemm_sm90_kernel(const __grid_constant__ GemmMaps maps, const __grid_constant__ GemmArgs<T> args) {
   SMEM_DYN(Shared<Tile>, shared);
   initialise(*shared, Filler<Tile>::arrivals(args.gather.row_to_slot != nullptr));
+  after_previous_kernel();
   if (threadIdx.x < kGroupThreads) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     produce(*shared, maps, args);
@@ -170,7 +171,7 @@ Status run(const GemmTask& task, int sms, const CudaContext& cuda) {
   const auto kernel = gemm_sm90_kernel<T, kEpilogue, Tile>;
   constexpr int64_t kBytes = sizeof(Shared<Tile>);
   if (const Status status = allow_shared_memory(kernel, kBytes, kName, cuda); status != Status::kOk) return status;
-  LAUNCH(kernel, dim3(sms), dim3(kThreads), kBytes, stream(cuda), maps, args);
+  LAUNCH_EX(kernel, overlapping(dim3(sms), dim3(kThreads), kBytes, cuda), maps, args);
   return launched(kName, cuda);
 }
 

@@ -99,8 +99,10 @@ __global__ void __launch_bounds__(FewTile::kThreads, 1)
   if (threadIdx.x == 0) {
     initialise_stages<FewTile>(*shared, Filler<FewTile>::arrivals(true));
     ptx::fence_mbar_init();
+    ptx::prefetch_tmap(&weight);
   }
   __syncthreads();
+  after_previous_kernel();
   zero_unowned_rows(&args.epilogue, &args.schedule, args.num_rows, args.num_experts);
   if (threadIdx.x < kGroupThreads)
     produce(*shared, weight, args);
@@ -148,8 +150,8 @@ Status run_few(const GemmTask& task, const CudaContext& cuda) {
   constexpr int64_t kBytes = sizeof(FewShared);
   status = allow_shared_memory(kernel, kBytes, kName, cuda);
   if (status != Status::kOk) return status;
-  const int64_t blocks = at_most(tiles * args.split.parts, sms);
-  LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(FewTile::kThreads), kBytes, stream(cuda), weight, args);
+  const dim3 grid(static_cast<unsigned>(at_most(tiles * args.split.parts, sms)));
+  LAUNCH_EX(kernel, overlapping(grid, dim3(FewTile::kThreads), kBytes, cuda), weight, args);
   return launched(kName, cuda);
 }
 

@@ -136,6 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgrad_sm90_kernel(const __grid_constant__ WgradMaps maps, const __grid_constant__ WgradArgs<T> args) {
   SMEM_DYN(Shared<WideTile>, shared);
   initialise(*shared, Filler<WideTile>::arrivals(true));
+  after_previous_kernel();
   if (threadIdx.x < kGroupThreads) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
     produce(*shared, maps, args);
@@ -176,7 +177,7 @@ Status run_wgrad(const WgradTask& task, const CudaContext& cuda) {
   constexpr int64_t kBytes = sizeof(Shared<WideTile>);
   if (status == Status::kOk) status = allow_shared_memory(kernel, kBytes, kName, cuda);
   if (status != Status::kOk) return status;
-  LAUNCH(kernel, dim3(sms), dim3(kThreads), kBytes, stream(cuda), maps, args);
+  LAUNCH_EX(kernel, overlapping(dim3(sms), dim3(kThreads), kBytes, cuda), maps, args);
   return launched(kName, cuda);
 }
 

@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(kMaxThreads)
                     int32_t tile_rows, int32_t* offsets, int32_t* order, int32_t* first_tile, int32_t* arrivals) {
   SMEM_DYN(uint64_t, keys);
   SMEM_ARRAY(int32_t, warps, 32);
+  after_previous_kernel();
   const int32_t threads = blockDim.x, thread = threadIdx.x;
   const int32_t per_thread = (num_experts + threads) / threads;  // of the E + 1 offsets
   const int32_t begin = thread * per_thread, end = min(begin + per_thread, num_experts + 1);
