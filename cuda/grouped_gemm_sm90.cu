@@ -2,7 +2,9 @@
 #include "grouped_gemm_sm90_backward.cuh"
 #include "grouped_gemm_sm90_epilogue.cuh"
 #include "grouped_gemm_sm90_maps.h"
+#include "grouped_gemm_sm90_math.cuh"
 #include "grouped_gemm_sm90_walk.cuh"
+#include "tiles.cuh"
 
 namespace moe::cuda {
 namespace sm90 {
@@ -11,78 +13,104 @@ namespace {
 template <typename Tile, typename T>
 __device__ __forceinline__ void produce(Shared<Tile>& shared, const GemmMaps& maps, const GemmArgs<T>& args) {
   Filler<Tile> filler(shared);
-  TileWalk walk(args.schedule, args.num_experts, args.column_tiles);
+  TileWalk<Tile::kBlocks> walk(args.schedule, args.num_experts, args.column_tiles);
   TileAt at;
-  if (args.gather.row_to_slot == nullptr) {
+  if (!Tile::kGathers || args.gather.row_to_slot == nullptr) {
     if (threadIdx.x >= 32) return;
     while (walk.next(at)) {
       if (threadIdx.x != 0) continue;
       for (int k = 0; k < args.k; k += kDepth, filler.advance()) {
         filler.acquire();
-        filler.expect(Tile::kStageBytes);
+        filler.expect(at.rows > 0 ? Tile::kStageBytes : 0);
+        if (at.rows == 0) continue;
         ptx::tma_load_3d(filler.rows(), &maps.rows, filler.barrier(), k, 0, at.first_row);
-        load_weight(filler, maps.weight, args, at.expert, at.column_tile, k);
+        load_weight(filler, maps.weight, args, at, k);
       }
     }
     return;
   }
-  RowCopier<T, kTileRows> copier(args.rows, args.k);
-  while (walk.next(at)) {
-    copier.set_rows(args.gather, at.first_row, at.rows);
-    for (int k = 0; k < args.k; k += kDepth) {
-      filler.acquire();
-      if (threadIdx.x == 0) {
-        filler.expect(Tile::kColumnBytes);
-        load_weight(filler, maps.weight, args, at.expert, at.column_tile, k);
+  if constexpr (Tile::kGathers) {
+    RowCopier<T, kTileRows> copier(args.rows, args.k);
+    while (walk.next(at)) {
+      copier.set_rows(args.gather, at.first_row, at.rows);
+      for (int k = 0; k < args.k; k += kDepth) {
+        filler.acquire();
+        if (threadIdx.x == 0) {
+          filler.expect(at.rows > 0 ? Tile::kColumnBytes : 0);
+          if (at.rows > 0) load_weight(filler, maps.weight, args, at, k);
+        }
+        copier.copy(filler.rows(), k);
+        filler.commit_copies();
       }
-      copier.copy(filler.rows(), k);
-      filler.commit_copies();
+    }
+    filler.finish_copies();
+  }
+}
+
+// Bias and stores, with an activation between them or not, of 64 rows of a tile of which `rows` exist.
+template <typename Tile, typename T, Epilogue kEpilogue>
+__device__ __forceinline__ void finish(float (&sums)[Tile::kSums], Slabs<Tile>& slabs, const GemmMaps& maps,
+                                       const GemmArgs<T>& args, const TileAt& at, int row, int rows) {
+  const int64_t parts = args.concat ? 2 : 1;
+  const int64_t output_columns = kEpilogue == Epilogue::kActivation && args.gate.gated ? args.n / 2 : args.n;
+  const Destination<T> output{&maps.output, args.output, output_columns, output_columns};
+  add_bias<Tile>(sums, args, at.expert, at.column_tile);
+  if constexpr (kEpilogue == Epilogue::kStore) {
+    store_columns<Tile, T>(sums, slabs, output, false, at.column_tile, row, rows);
+  } else {
+    const Destination<T> pre_activation{&maps.pre_activation, args.pre_activation, args.n, args.n / parts};
+    if (args.pre_activation != nullptr) {
+      store_columns<Tile, T>(sums, slabs, pre_activation, args.concat, at.column_tile, row, rows);
+    }
+    if (args.output != nullptr) {
+      with_sums(args.gate.kind, sums, [&]<int kUnroll>(auto act, auto& all, std::integral_constant<int, kUnroll>) {
+        activate_each<kUnroll, T>(act, all, args.gate);
+      });
+      store_activations<Tile, T>(sums, slabs, output, args.gate, at.column_tile, row, rows);
     }
   }
-  filler.finish_copies();
 }
 
 template <typename Tile, typename T, Epilogue kEpilogue>
 __device__ __forceinline__ void consume(Shared<Tile>& shared, const GemmMaps& maps, const GemmArgs<T>& args) {
-  const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;
+  constexpr bool kBackward = kEpilogue == Epilogue::kActivationBackward;
+  const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1, first_part = Tile::kTurns ? 0 : group;
   const int steps = static_cast<int>((args.k + kDepth - 1) / kDepth);
-  const int64_t parts = args.concat ? 2 : 1;
-  const int64_t output_columns = kEpilogue == Epilogue::kActivation && args.gate.gated ? args.n / 2 : args.n;
-  const Destination<T> output{&maps.output, args.output, output_columns, output_columns};
-  const Destination<T> pre_activation{&maps.pre_activation, args.pre_activation, args.n, args.n / parts};
   Slabs<Tile> slabs(shared, group);
   Ring<Tile::kStages> ring;
-  TileWalk walk(args.schedule, args.num_experts, args.column_tiles);
+  TileWalk<Tile::kBlocks> walk(args.schedule, args.num_experts, args.column_tiles);
   TileAt at;
   SavedRows<Tile, T> saved(shared, maps, args, group);
+  const Turns<Tile> turns(shared, group);
   while (walk.next(at)) {
-    const int row = at.first_row + group * kGroupRows, rows = at.rows - group * kGroupRows;
+    const int count = walk.before();
+    if (!turns.has(count)) continue;
+    if (Tile::kTurns) ring = Ring<Tile::kStages>::after(static_cast<uint32_t>(count) * static_cast<uint32_t>(steps));
+    const int row = at.first_row + first_part * kGroupRows, rows = at.rows - first_part * kGroupRows;
     if (rows <= 0) {
-      skip(shared, ring, steps);
+      turns.wait(count);
+      skip<Tile>(shared, ring, steps);
+      turns.pass();
       continue;
     }
-    if constexpr (kEpilogue == Epilogue::kActivationBackward) saved.load(row, at.column_tile);
-    float sums[Tile::kSums] = {};  // an accumulator that is not defined on entry makes ptxas serialise the wgmmas
+    if constexpr (kBackward) saved.load(row, at.column_tile);
+    // An accumulator that is not defined on entry makes ptxas serialise the wgmmas.
+    float sums[Tile::kParts][Tile::kSums] = {};
+    turns.wait(count);
+    const auto issued = [&] { turns.pass(); };
     if (args.in_out)
-      multiply<Tile, T, false, true>(sums, shared, ring, steps, group);
+      multiply<Tile, T, false, true>(sums, shared, ring, steps, first_part, issued);
     else
-      multiply<Tile, T, false, false>(sums, shared, ring, steps, group);
-    if constexpr (kEpilogue == Epilogue::kActivationBackward) {
-      saved.finish(sums, row, rows, at.column_tile);
-    } else {
-      add_bias<Tile>(sums, args, at.expert, at.column_tile);
-      if constexpr (kEpilogue == Epilogue::kStore) {
-        store_columns<Tile, T>(sums, slabs, output, false, at.column_tile, row, rows);
+      multiply<Tile, T, false, false>(sums, shared, ring, steps, first_part, issued);
+#pragma unroll
+    for (int part = 0; part < Tile::kParts; ++part) {
+      const int skipped = part * kGroupRows;
+      if (rows <= skipped) break;
+      if constexpr (kBackward) {
+        if (part > 0) saved.load(row + skipped, at.column_tile);
+        saved.finish(sums[part], row + skipped, rows - skipped, at.column_tile);
       } else {
-        if (args.pre_activation != nullptr) {
-          store_columns<Tile, T>(sums, slabs, pre_activation, args.concat, at.column_tile, row, rows);
-        }
-        if (args.output != nullptr) {
-          with_sums(args.gate.kind, sums, [&]<int kUnroll>(auto act, auto& all, std::integral_constant<int, kUnroll>) {
-            activate_each<kUnroll, T>(act, all, args.gate);
-          });
-          store_activations<Tile, T>(sums, slabs, output, args.gate, at.column_tile, row, rows);
-        }
+        finish<Tile, T, kEpilogue>(sums[part], slabs, maps, args, at, row + skipped, rows - skipped);
       }
     }
   }
@@ -105,16 +133,17 @@ template <typename T, Epilogue kEpilogue, typename Tile>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_sm90_kernel(const __grid_constant__ GemmMaps maps, const __grid_constant__ GemmArgs<T> args) {
   SMEM_DYN(Shared<Tile>, shared);
-  initialise(*shared, Filler<Tile>::arrivals(args.gather.row_to_slot != nullptr));
+  initialise(*shared, Filler<Tile>::arrivals(Tile::kGathers && args.gather.row_to_slot != nullptr));
   after_previous_kernel();
   if (threadIdx.x < kGroupThreads) {
-    ptx::setmaxnreg_dec<kProducerRegisters>();
+    ptx::setmaxnreg_dec<Tile::kProducerRegisters>();
     produce(*shared, maps, args);
   } else {
-    ptx::setmaxnreg_inc<kMathRegisters>();
+    ptx::setmaxnreg_inc<Tile::kMathRegisters>();
     zero_rows_outside<T, kEpilogue>(args);
     consume<Tile, T, kEpilogue>(*shared, maps, args);
   }
+  finalise<Tile>();
 }
 
 template <typename T>
@@ -171,28 +200,34 @@ Status run(const GemmTask& task, int sms, const CudaContext& cuda) {
   const auto kernel = gemm_sm90_kernel<T, kEpilogue, Tile>;
   constexpr int64_t kBytes = sizeof(Shared<Tile>);
   if (const Status status = allow_shared_memory(kernel, kBytes, kName, cuda); status != Status::kOk) return status;
-  LAUNCH_EX(kernel, overlapping(dim3(sms), dim3(kThreads), kBytes, cuda), maps, args);
+  const dim3 grid(static_cast<unsigned>(sms / Tile::kBlocks * Tile::kBlocks));
+  ptx::Launch launch = overlapping(grid, dim3(kThreads), kBytes, cuda);
+  launch.cluster = Tile::kBlocks;
+  LAUNCH_EX(kernel, launch, maps, args);
   return launched(kName, cuda);
 }
 
 // Wide tiles, unless they are so few that SMs would have none: then the narrow ones read the weights with more SMs.
-// From sizes alone, so that the choice needs nothing from the device and never changes from call to call.
+// Where the contracted width is so short that a main loop takes no longer than an epilogue, the math warpgroups take
+// turns. From sizes alone, so that the choice needs nothing from the device and never changes from call to call.
 template <typename T, Epilogue kEpilogue>
 Status run_tiles(const GemmTask& task, const CudaContext& cuda) {
+  constexpr int64_t kShort = 1024;
   int sms = 0;
   const Status status = device_attribute(sms, cudaDevAttrMultiProcessorCount, cuda);
   if (status != Status::kOk) return status;
-  const int64_t most = task.num_experts + task.num_rows / task.schedule.tile_rows;
-  const int64_t row_tiles = task.num_rows < most ? task.num_rows : most;
-  if (row_tiles * ceil_div(task.n, WideTile::kColumns) >= sms) return run<T, kEpilogue, WideTile>(task, sms, cuda);
-  return run<T, kEpilogue, NarrowTile>(task, sms, cuda);
-}
-
-template <typename T>
-Status run_backward(const GemmTask& task, const CudaContext& cuda) {
-  int sms = 0;
-  const Status status = device_attribute(sms, cudaDevAttrMultiProcessorCount, cuda);
-  return status == Status::kOk ? run<T, Epilogue::kActivationBackward, NarrowTile>(task, sms, cuda) : status;
+  if constexpr (kEpilogue == Epilogue::kActivationBackward) {
+    return run<T, kEpilogue, BackwardTile>(task, sms, cuda);
+  } else {
+    const int64_t row_tiles = most_row_tiles(task.schedule, task.num_rows, task.num_experts);
+    const bool fill = row_tiles * ceil_div(task.n, WideTile::kColumns) >= sms;
+    if constexpr (kEpilogue == Epilogue::kStore) {
+      if (fill && task.k < kShort && task.gather.row_to_slot == nullptr) {
+        return run<T, kEpilogue, ShortTile>(task, sms, cuda);
+      }
+    }
+    return fill ? run<T, kEpilogue, WideTile>(task, sms, cuda) : run<T, kEpilogue, NarrowTile>(task, sms, cuda);
+  }
 }
 
 }  // namespace
@@ -206,7 +241,7 @@ Status gemm_sm90(const GemmTask& task, const CudaContext& cuda) {
       case Epilogue::kActivation:
         return sm90::run_tiles<T, Epilogue::kActivation>(task, cuda);
       case Epilogue::kActivationBackward:
-        return sm90::run_backward<T>(task, cuda);
+        return sm90::run_tiles<T, Epilogue::kActivationBackward>(task, cuda);
       default:
         return sm90::run_tiles<T, Epilogue::kStore>(task, cuda);
     }

@@ -36,11 +36,13 @@ __device__ __forceinline__ void add_bias(float (&sums)[Tile::kSums], const GemmA
   if (args.bias == nullptr) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t column = half_column<Tile>(args, column_tile, half) + sum_column(0);
+    const int column =
+        static_cast<int>(weight_column<Tile>(args, column_tile, half * (Tile::kColumns / 2))) + sum_column(0);
+    const int end = static_cast<int>(args.n);
     const T* bias = args.bias + expert * args.n + column;
 #pragma unroll
     for (int j = 0; j < Tile::kColumns / 16; ++j) {
-      if (column + j * 8 >= args.n) continue;
+      if (column + j * 8 >= end) continue;
       const float2 b = unpack<T>(__ldg(reinterpret_cast<const uint32_t*>(bias + j * 8)));
       const int i = half * (Tile::kSums / 2) + 4 * j;
       sums[i] += b.x, sums[i + 1] += b.y, sums[i + 2] += b.x, sums[i + 3] += b.y;

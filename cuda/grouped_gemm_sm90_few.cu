@@ -45,7 +45,7 @@ class PartWalk {
 
  private:
   const FewArgs<T>& args_;
-  TileWalk walk_;
+  TileWalk<1> walk_;
   const int steps_;
 };
 
@@ -62,7 +62,7 @@ __device__ __forceinline__ void produce(FewShared& shared, const CUtensorMap& we
       filler.acquire();
       if (threadIdx.x == 0) {
         filler.expect(FewTile::kColumnBytes);
-        load_weight(filler, weight, args, at.expert, at.column_tile, step * kDepth);
+        load_weight(filler, weight, args, at, step * kDepth);
       }
       copier.copy(filler.rows(), int64_t{step} * kDepth, tokens);
       filler.commit_copies();

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "grouped_gemm_sm90_math.cuh"
 #include "grouped_gemm_sm90_producer.cuh"
 
 namespace moe::cuda::sm90 {
@@ -16,7 +17,7 @@ struct FewTile {
   static constexpr int kTokens = 64;    // rows of C
   static constexpr int kColumns = 128;  // of C
   static constexpr int kStages = 8;
-  static constexpr int kReaders = kGroupThreads / 32;
+  static constexpr int kReaders = kGroupThreads / 32, kBlocks = 1;
   static constexpr int kRowBytes = kTokens * kSwizzleBytes, kColumnBytes = kColumns * kSwizzleBytes;
   static constexpr int kStageBytes = kRowBytes + kColumnBytes;
   static constexpr int kThreads = 2 * kGroupThreads;
@@ -34,16 +35,19 @@ static_assert(sizeof(FewShared) <= 227 * 1024, "more shared memory than a block 
 template <int kTokens, typename T, bool kMnMajor>
 __device__ __forceinline__ void multiply_few(float (&sums)[2][kTokens / 2], FewShared& shared,
                                              Ring<FewTile::kStages>& ring, int steps) {
-  for_each_stage<FewTile>(shared, ring, steps, [&](uint32_t stage, bool first) {
-    const uint32_t weight = stage + FewTile::kRowBytes;
+  for_each_stage<FewTile>(
+      shared, ring, steps,
+      [&](uint32_t stage, bool first) {
+        const uint32_t weight = stage + FewTile::kRowBytes;
 #pragma unroll
-    for (int k16 = 0; k16 < kDepth / 16; ++k16) {
+        for (int k16 = 0; k16 < kDepth / 16; ++k16) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        multiply_step<T, kMnMajor, false>(sums[half], weight + half * kSlabBytes, stage, k16, !first || k16 > 0);
-      }
-    }
-  });
+          for (int half = 0; half < 2; ++half) {
+            multiply_step<T, kMnMajor, false>(sums[half], weight + half * kSlabBytes, stage, k16, !first || k16 > 0);
+          }
+        }
+      },
+      [] {});
 }
 
 // The sums as rows of C, in the order that finish_slab reads. Sum 4 j + 2 h + c of a thread belongs to row

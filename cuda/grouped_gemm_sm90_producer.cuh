@@ -3,6 +3,7 @@
 
 #include "grouped_gemm.cuh"
 #include "grouped_gemm_sm90_tile.cuh"
+#include "grouped_gemm_sm90_walk.cuh"
 
 namespace moe::cuda::sm90 {
 
@@ -71,29 +72,38 @@ class Filler {
   int held_ = 0;
 };
 
-// The weight's part of a stage: two boxes of half the tile's columns each, so that they may be a gate and an up part.
-// Args has n, in_out, and concat, which tells that they are.
+// Column `inside` of a tile, as a column of the weight. Args has n, in_out, and concat, which tells that the lower half
+// of a tile's columns are gates and the upper half their ups.
 template <typename Tile, typename Args>
-__device__ __forceinline__ int64_t half_column(const Args& args, int column_tile, int half) {
+__device__ __forceinline__ int64_t weight_column(const Args& args, int column_tile, int inside) {
   constexpr int kHalf = Tile::kColumns / 2;
-  if (args.concat) return int64_t{column_tile} * kHalf + half * (args.n / 2);
-  return (int64_t{column_tile} * 2 + half) * kHalf;
+  if (args.concat) return int64_t{column_tile} * kHalf + inside % kHalf + inside / kHalf * (args.n / 2);
+  return int64_t{column_tile} * Tile::kColumns + inside;
 }
+
+// The weight's part of a stage: as K-major rows in two boxes, one per half, or MN-major in chunks of 64 columns. Where
+// the blocks of a cluster have the same part, each loads about half of the boxes for both.
 template <typename Tile, typename Args>
 __device__ __forceinline__ void load_weight(const Filler<Tile>& filler, const CUtensorMap& map, const Args& args,
-                                            int expert, int column_tile, int k) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int column = static_cast<int>(half_column<Tile>(args, column_tile, half));
-    const uint32_t to = filler.columns() + half * (Tile::kColumnBytes / 2);
-    if (args.in_out) {
-#pragma unroll
-      for (int chunk = 0; chunk < Tile::kColumns / 128; ++chunk) {
-        ptx::tma_load_3d(to + chunk * kSlabBytes, &map, filler.barrier(), column + chunk * 64, k, expert);
+                                            const TileAt& at, int k) {
+  const auto load = [&](int box, int boxes, int x, int y) {
+    const uint32_t to = filler.columns() + box * (Tile::kColumnBytes / boxes);
+    if (Tile::kBlocks > 1 && at.is_shared) {
+      constexpr uint16_t kBoth = 3;
+      if (box * 2 / boxes == static_cast<int>(ptx::cluster_rank())) {
+        ptx::tma_load_3d_multicast(to, &map, filler.barrier(), kBoth, x, y, at.expert);
       }
     } else {
-      ptx::tma_load_3d(to, &map, filler.barrier(), k, column, expert);
+      ptx::tma_load_3d(to, &map, filler.barrier(), x, y, at.expert);
     }
+  };
+  const auto column = [&](int inside) { return static_cast<int>(weight_column<Tile>(args, at.column_tile, inside)); };
+  if (args.in_out) {
+#pragma unroll
+    for (int box = 0; box < Tile::kColumns / 64; ++box) load(box, Tile::kColumns / 64, column(box * 64), k);
+  } else {
+#pragma unroll
+    for (int box = 0; box < 2; ++box) load(box, 2, k, column(box * (Tile::kColumns / 2)));
   }
 }
 

@@ -71,9 +71,10 @@ __device__ __forceinline__ void send(const unsigned char* slab, const Destinatio
     return;
   }
   const int piece = threadIdx.x % 8;
-  const int64_t at = column + piece * 8;
-  if (at >= to.part_columns) return;
+  const int at = static_cast<int>(column) + piece * 8;
+  if (at >= static_cast<int>(to.part_columns)) return;
   const int stored = rows + (MOE_BUG(grouped_gemm_sm90, 19) ? 1 : 0);
+#pragma unroll 1  // rare, and unrolled it takes registers from the main loop
   for (int r = static_cast<int>(threadIdx.x) % kGroupThreads / 8; r < stored; r += kGroupThreads / 8) {
     *reinterpret_cast<uint4*>(to.data + (row + r) * to.row_stride + part * to.part_columns + at) =
         *reinterpret_cast<const uint4*>(slab + swizzled(r, piece));
@@ -124,16 +125,21 @@ class Slabs {
   int next_ = 0;
 };
 
-// Fills a slab with the 32 sums of its 64 columns.
+// Fills a slab with the 32 sums of its 64 columns. Lane 8 i + r gives the place of row r of the i-th of the four 8 x 8
+// matrices that an instruction stores: rows r and r + 8 of two neighbouring pieces.
 template <typename T, int kFirst, int kSums>
 __device__ __forceinline__ void fill_slab(unsigned char* slab, const float (&sums)[kSums]) {
+  const int lane = threadIdx.x % 32, row = static_cast<int>(threadIdx.x) % kGroupThreads / 32 * 16 + lane % 16;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < 8; j += 2) {
+    uint32_t words[4];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int i = kFirst + 4 * j + 2 * h;
-      *slab_word(slab, h, j) = pack<T>(sums[i], sums[i + 1]);
+    for (int i = 0; i < 4; ++i) {
+      const int sum = kFirst + 4 * (j + i / 2) + 2 * (i % 2);
+      words[i] = pack<T>(sums[sum], sums[sum + 1]);
     }
+    const int piece = j + (MOE_BUG(grouped_gemm_sm90, 27) ? 0 : lane / 16);
+    ptx::stmatrix_x4(ptx::smem_u32(slab + swizzled(row, piece)), words);
   }
 }
 

@@ -4,6 +4,7 @@
 // Whole stages of an operand that is not gathered come by TMA. Gathered operands and an expert's last rows are copied
 // by threads, which write zeros past the expert's end in both operands: zero times the next expert's NaN would be NaN.
 #include "grouped_gemm_sm90_maps.h"
+#include "grouped_gemm_sm90_math.cuh"
 #include "grouped_gemm_sm90_producer.cuh"
 #include "grouped_gemm_sm90_store.cuh"
 
@@ -39,7 +40,7 @@ __device__ __forceinline__ bool tile_at(const WgradArgs<T>& args, int64_t index,
   const int inside = static_cast<int>(index % per_expert);
   at.expert = __ldg(args.schedule.order + index / per_expert);
   at.m = inside % args.row_tiles * kTileRows;
-  at.n = inside / args.row_tiles * WideTile::kColumns;
+  at.n = inside / args.row_tiles * WgradTile::kColumns;
   at.first_row = __ldg(args.schedule.offsets + at.expert);
   at.num_rows = __ldg(args.schedule.offsets + at.expert + 1) - at.first_row;
   return true;
@@ -60,8 +61,8 @@ __device__ __forceinline__ void load_rows(uint32_t to, uint32_t barrier, bool by
 }
 
 template <typename T>
-__device__ __forceinline__ void produce(Shared<WideTile>& shared, const WgradMaps& maps, const WgradArgs<T>& args) {
-  Filler<WideTile> filler(shared);
+__device__ __forceinline__ void produce(Shared<WgradTile>& shared, const WgradMaps& maps, const WgradArgs<T>& args) {
+  Filler<WgradTile> filler(shared);
   GradientTile at;
   for (int64_t index = blockIdx.x; tile_at(args, index, at); index += gridDim.x) {
     for (int done = 0; done < at.num_rows; done += kDepth) {
@@ -71,12 +72,12 @@ __device__ __forceinline__ void produce(Shared<WideTile>& shared, const WgradMap
       const bool rhs_by_tma = whole && args.rhs_gather.row_to_slot == nullptr;
       filler.acquire();
       if (threadIdx.x == 0) {
-        filler.expect((lhs_by_tma ? WideTile::kRowBytes : 0) + (rhs_by_tma ? WideTile::kColumnBytes : 0));
+        filler.expect((lhs_by_tma ? WgradTile::kRowBytes : 0) + (rhs_by_tma ? WgradTile::kColumnBytes : 0));
       }
       load_rows<kTileRows>(filler.rows(), filler.barrier(), lhs_by_tma, maps.lhs, args.lhs, args.lhs_gather, args.m,
                            at.m, first, rows);
-      load_rows<WideTile::kColumns>(filler.columns(), filler.barrier(), rhs_by_tma, maps.rhs, args.rhs, args.rhs_gather,
-                                    args.n, at.n, first, rows);
+      load_rows<WgradTile::kColumns>(filler.columns(), filler.barrier(), rhs_by_tma, maps.rhs, args.rhs,
+                                     args.rhs_gather, args.n, at.n, first, rows);
       filler.commit_copies();
     }
   }
@@ -103,11 +104,11 @@ __device__ __forceinline__ void add_output(float (&sums)[kSums], const WgradArgs
 }
 
 template <typename T>
-__device__ __forceinline__ void consume(Shared<WideTile>& shared, const WgradMaps& maps, const WgradArgs<T>& args) {
+__device__ __forceinline__ void consume(Shared<WgradTile>& shared, const WgradMaps& maps, const WgradArgs<T>& args) {
   const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;
   const Destination<T> output{&maps.output, args.output, args.n, args.n};
-  Slabs<WideTile> slabs(shared, group);
-  Ring<WideTile::kStages> ring;
+  Slabs<WgradTile> slabs(shared, group);
+  Ring<WgradTile::kStages> ring;
   GradientTile at;
   for (int64_t index = blockIdx.x; tile_at(args, index, at); index += gridDim.x) {
     const int row = at.m + group * kGroupRows, steps = (at.num_rows + kDepth - 1) / kDepth;
@@ -115,18 +116,18 @@ __device__ __forceinline__ void consume(Shared<WideTile>& shared, const WgradMap
       skip(shared, ring, steps);
       continue;
     }
-    float sums[WideTile::kSums] = {};
-    if (steps > 0) multiply<WideTile, T, true, true>(sums, shared, ring, steps, group);
-    if (args.accumulate) add_output(sums, args, at, row);
+    float sums[1][WgradTile::kSums] = {};
+    if (steps > 0) multiply<WgradTile, T, true, true>(sums, shared, ring, steps, group, [] {});
+    if (args.accumulate) add_output(sums[0], args, at, row);
     const auto store = [&]<int kSlab>(std::integral_constant<int, kSlab>) {
       if (at.n + kSlab * 64 >= args.n) return;
       // The map cuts rows past M off: a slab is always whole here.
       slabs.store_at(output, at.n + kSlab * 64, row, at.expert,
-                     [&](unsigned char* slab) { fill_slab<T, kSlab * 32>(slab, sums); });
+                     [&](unsigned char* slab) { fill_slab<T, kSlab * 32>(slab, sums[0]); });
     };
     [&]<int... kSlab>(std::integer_sequence<int, kSlab...>) {
       (store(std::integral_constant<int, kSlab>{}), ...);
-    }(std::make_integer_sequence<int, WideTile::kColumns / 64>{});
+    }(std::make_integer_sequence<int, WgradTile::kColumns / 64>{});
   }
   if (is_group_leader()) ptx::tma_store_wait<0>();
 }
@@ -134,14 +135,14 @@ __device__ __forceinline__ void consume(Shared<WideTile>& shared, const WgradMap
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     wgrad_sm90_kernel(const __grid_constant__ WgradMaps maps, const __grid_constant__ WgradArgs<T> args) {
-  SMEM_DYN(Shared<WideTile>, shared);
-  initialise(*shared, Filler<WideTile>::arrivals(true));
+  SMEM_DYN(Shared<WgradTile>, shared);
+  initialise(*shared, Filler<WgradTile>::arrivals(true));
   after_previous_kernel();
   if (threadIdx.x < kGroupThreads) {
-    ptx::setmaxnreg_dec<kProducerRegisters>();
+    ptx::setmaxnreg_dec<WgradTile::kProducerRegisters>();
     produce(*shared, maps, args);
   } else {
-    ptx::setmaxnreg_inc<kMathRegisters>();
+    ptx::setmaxnreg_inc<WgradTile::kMathRegisters>();
     consume(*shared, maps, args);
   }
 }
@@ -160,7 +161,7 @@ Status run_wgrad(const WgradTask& task, const CudaContext& cuda) {
       .n = task.n,
       .num_experts = static_cast<int>(task.num_experts),
       .row_tiles = static_cast<int>(ceil_div(task.m, kTileRows)),
-      .column_tiles = static_cast<int>(ceil_div(task.n, WideTile::kColumns)),
+      .column_tiles = static_cast<int>(ceil_div(task.n, WgradTile::kColumns)),
       .accumulate = task.accumulate,
   };
   WgradMaps maps{};
@@ -174,7 +175,7 @@ Status run_wgrad(const WgradTask& task, const CudaContext& cuda) {
   int sms = 0;
   if (status == Status::kOk) status = device_attribute(sms, cudaDevAttrMultiProcessorCount, cuda);
   const auto kernel = wgrad_sm90_kernel<T>;
-  constexpr int64_t kBytes = sizeof(Shared<WideTile>);
+  constexpr int64_t kBytes = sizeof(Shared<WgradTile>);
   if (status == Status::kOk) status = allow_shared_memory(kernel, kBytes, kName, cuda);
   if (status != Status::kOk) return status;
   LAUNCH_EX(kernel, overlapping(dim3(sms), dim3(kThreads), kBytes, cuda), maps, args);

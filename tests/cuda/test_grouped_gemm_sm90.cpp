@@ -68,6 +68,11 @@ TEST(store) {
   run<__nv_bfloat16>({.name = "one expert, many steps", .rows = {150}, .n = 256, .k = 648});
   run<__nv_bfloat16>(
       {.name = "several tiles per block", .rows = {128, 200, 0, 30}, .n = 520, .k = 72, .layout = kInOut});
+  // A contracted width that is not short: wide tiles, two of one expert by a cluster and two of different ones, and an
+  // odd number of them.
+  run<__nv_bfloat16>({.name = "wide", .rows = {200, 130, 5}, .n = 264, .k = 1032, .bias = true, .rows_outside = 2});
+  run<__half>({.name = "wide, in_out", .rows = {140, 0, 129}, .n = 136, .k = 1032, .layout = kInOut});
+  run<__nv_bfloat16>({.name = "turns of more stages than the ring has", .rows = {130, 100}, .n = 392, .k = 456});
   run<__nv_bfloat16>({.name = "tiles of 64", .rows = {65, 0, 10}, .n = 40, .k = 8, .tile_rows = 64});
   run<__nv_bfloat16>({.name = "no rows", .rows = {0, 0}, .n = 16, .k = 16});
   run<__nv_bfloat16>({.name = "only rows outside", .rows = {0, 0}, .n = 16, .k = 16, .rows_outside = 5});
@@ -124,6 +129,12 @@ TEST(activation_backward) {
             .gather = true,
             .epilogue = Epilogue::kActivationBackward,
             .rows_outside = 3});
+  run<__nv_bfloat16>({.name = "turns of more stages than the ring has",
+                      .rows = {130, 60},
+                      .n = 264,
+                      .k = 392,
+                      .gather = true,
+                      .epilogue = Epilogue::kActivationBackward});
   run_both({.name = "interleaved, in place",
             .rows = {66, 3},
             .n = 264,
