@@ -6,7 +6,7 @@ own code.
 
 import pytest
 import torch
-from helpers import ALL_DTYPES, expert_inputs, make_plan, plan_to, randn, run, weight_dtype
+from helpers import ALL_DTYPES, DTYPES, expert_inputs, make_plan, plan_to, randn, run, weight_dtype
 
 import torch_moe
 from torch_moe import _C, ops
@@ -76,6 +76,28 @@ def test_agrees_with_the_cpu(op, dtype, device):
         assert value.device.type == device.type
         steps = lengths[name]
         assert_close(value.cpu(), expected[name].double(), *steps, *steps, dtype=dtype)
+
+
+def off_by_one(tensor):
+    """The same numbers, contiguous, on an address that is a multiple of an element's size alone."""
+    moved = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+    return moved.copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", cases(torch.float32))
+def test_storage_may_start_anywhere(op, dtype, device):
+    """Wide loads and copies by descriptor need 16 bytes: without, another path, the same result."""
+    call, inputs, lengths = cases(dtype)[op]
+    plan = plan_to(make_plan(SHAPE, "zipf"), device)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    expected = run(lambda **tensors: call(plan, **tensors), inputs)
+    leaves = {name: off_by_one(tensor).requires_grad_() for name, tensor in inputs.items()}
+    output = call(plan, **leaves)
+    grad = off_by_one(randn(*output.shape, dtype=torch.bfloat16, device=device, seed=99).to(output.dtype))
+    grads = torch.autograd.grad(output, list(leaves.values()), grad)
+    for name, value in {"output": output, **dict(zip(leaves, grads, strict=True))}.items():
+        assert_close(value.detach(), expected[name].double(), *lengths[name], *lengths[name], dtype=dtype)
 
 
 @pytest.mark.parametrize("capacity", [None, 7])

@@ -160,6 +160,25 @@ def test_opcheck(op, device):
         torch.library.opcheck(getattr(torch.ops.moe, op).default, args, kwargs, test_utils=CHECKS.get(op, ALL_CHECKS))
 
 
+CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if torch._C._dispatch_has_kernel_for_dispatch_key(f"moe::{op}", "CPU")]
+)
+def test_tensors_of_two_devices_are_refused(op):
+    """Each tensor in turn is elsewhere (on no device at all: it is refused before its memory would be read)."""
+    for args, kwargs in samples()[op]:
+        args = [arg.detach() if torch.is_tensor(arg) else arg for arg in args]
+        places = [place for place, arg in enumerate(args) if torch.is_tensor(arg)]
+        for place in places if len(places) > 1 else ():
+            moved = [arg.to("meta") if i == place else arg for i, arg in enumerate(args)]
+            with pytest.raises(
+                RuntimeError, match=rf"^{op}: \w+ must be on (cpu|another device) like the other tensors"
+            ):
+                getattr(torch.ops.moe, op).default.redispatch(CPU, *moved, **kwargs)
+
+
 def test_operators_are_discovered():
     """An empty discovery would make every check above pass."""
     assert set(OPS) == set(samples())
