@@ -161,9 +161,14 @@ void check_close(double got, double expected, double magnitude, const char* what
             ", not " + std::to_string(expected));
 }
 
-// Returns the outputs.
 template <typename T>
-std::vector<T> run(const Case& c) {
+struct Outputs {
+  std::vector<T> output;
+  std::vector<float> partials;
+};
+
+template <typename T>
+Outputs<T> run(const Case& c) {
   const Context word(std::string(c.name) + (std::is_same_v<T, __half> ? " fp16" : " bf16"));
   const Rows rows(c);
   const int64_t e = static_cast<int64_t>(c.rows.size()), r = rows.total;
@@ -261,7 +266,7 @@ std::vector<T> run(const Case& c) {
                      (magnitudes[g] + magnitudes[u]) * (1 + std::abs(a.gate) + std::abs(a.up)), "activation", i, n);
     }
   }
-  return got;
+  return {got, got_partials};
 }
 
 inline void run_both(const Case& c) {
