@@ -48,6 +48,41 @@ EXPERTS = {"hidden_size": 16, "intermediate_size": 12, "num_experts": 8}
         ({"drop_policy": "probability"}, r"drop_policy='probability' does nothing without .*\(None is dropless\)"),
         ({"capacity_scope": "sequence"}, r"capacity_scope='sequence' does nothing without .*\(None is dropless\)"),
         ({"eval_capacity_factor": 2.0}, "eval_capacity_factor=2.0 does nothing without capacity_factor"),
+        ({"projection_size": 4}, "projection_size=4 does nothing without projection"),
+        ({"projection_state": True}, "projection_state=True does nothing without projection"),
+        ({"projection": "mlp"}, 'projection="mlp" needs projection_size >= 1, got None'),
+        ({"projection": "mlp", "projection_size": 4, "noisy": True}, 'noisy=True needs projection="linear"'),
+        ({"sparsemixer_tolerance": 0.2}, "sparsemixer_tolerance=0.2 does nothing without selection"),
+        ({"selection": "sparsemixer"}, 'selection="sparsemixer" needs renormalize=False'),
+        (
+            {"selection": "sparsemixer", "renormalize": False, "score_function": "sigmoid"},
+            'selection="sparsemixer" weighs by itself: leave score_function',
+        ),
+        (
+            {"selection": "sparsemixer", "renormalize": False, "sparsemixer_tolerance": 0.0},
+            "sparsemixer_tolerance must be positive, got 0.0",
+        ),
+        ({"force_biased": -1.0}, "force_biased must not be negative, got -1.0"),
+        ({"force_biased": 1.0, "force_balanced": True}, "give force_balanced=True or force_biased=1.0, not both"),
+        ({"num_shared_sinks": -1}, "num_shared_sinks must not be negative, got -1"),
+        ({"num_shared_sinks": 1}, 'num_shared_sinks=1 needs score_function="sigmoid"'),
+        (
+            {"num_shared_sinks": 1, "score_function": "sigmoid", "renormalize": False},
+            "num_shared_sinks=1 join a sum: set renormalize=True",
+        ),
+        (
+            {"num_shared_sinks": 1, "score_function": "sigmoid", "num_zero_experts": 1},
+            'needs selection="topk" and num_zero_experts=0',
+        ),
+        ({"renormalize_before_drop": False}, r"renormalize_before_drop=False does nothing without .*dropless"),
+        (
+            {"renormalize_before_drop": False, "capacity": 3, "renormalize": False},
+            "renormalize_before_drop=False needs renormalize=True",
+        ),
+        (
+            {"renormalize_before_drop": False, "capacity": 3, "per_expert_scale": True},
+            "would divide by per_expert_scale, too: leave one",
+        ),
         ({"projection_dtype": "bf16"}, r"projection_dtype must be in \('float32', 'input'\), got 'bf16'"),
     ],
 )
@@ -60,6 +95,12 @@ def test_refused_routers(change, message):
     ("config", "change", "message"),
     [
         (ExpertsConfig, {"weight_position": "middle"}, r"ExpertsConfig: weight_position must be in \('output', 'inp"),
+        (ExpertsConfig, {"limit_position": "after"}, "limit_position='after' does nothing without limit"),
+        (
+            ExpertsConfig,
+            {"limit_position": "after", "limit": 1.0, "alpha": 2.0},
+            'limit_position="after" needs alpha=1',
+        ),
         (SharedExpertsConfig, {"recompute": True}, "SharedExpertsConfig: recompute=True is for routed experts"),
         (SharedExpertsConfig, {"gate": "tanh", "num_experts": 1}, "SharedExpertsConfig: gate must be in .*got 'tanh'"),
     ],
@@ -70,6 +111,20 @@ def test_refused_experts(config, change, message):
 
 
 def test_refused_layers():
+    def refused(message, router=ROUTER, experts=EXPERTS, **layer):
+        with pytest.raises(ValueError, match=message):
+            MoEConfig(router=RouterConfig(**router), experts=ExpertsConfig(**experts), **layer)
+
+    sinks = ROUTER | {"score_function": "sigmoid", "num_shared_sinks": 3}
+    weighed = SharedExpertsConfig(hidden_size=16, intermediate_size=8, gate="router")
+    refused(r"latent_size = 8 must equal experts\.hidden_size = 16", latent_size=8)
+    refused("latent_size must be at least 1", latent_size=0)
+    refused("combine='average' does nothing without shared_experts", combine="average")
+    refused(r'router\.num_shared_sinks = 3 and gate="router" .*belong together', router=sinks)
+    refused(r'router\.num_shared_sinks = 0 and gate="router" .*belong together', shared_experts=weighed)
+    refused(
+        r"num_shared_sinks = 3 must divide shared_experts\.intermediate_size = 8", router=sinks, shared_experts=weighed
+    )
     for change in ({"num_experts": 4}, {"hidden_size": 8}):
         with pytest.raises(ValueError, match=f"MoEConfig: router.{next(iter(change))} = .* must equal experts"):
             MoEConfig(router=RouterConfig(**ROUTER), experts=ExpertsConfig(**EXPERTS | change))

@@ -183,3 +183,16 @@ def test_compile(cls):
     actual.square().sum().backward()
     assert_same(actual, expected)
     assert_all_same(gradients(model), expected_grads)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by inductor about torch.jit
+def test_inductor():
+    """The default backend, which also generates code, once for a model."""
+    model = engine.prepare(engine_model(MixtralForCausalLM, num_hidden_layers=1))
+    inputs = {**tiny_inputs(model), "labels": token_ids(2, 7)}
+    expected = loss_and_gradients(model, **inputs)
+    model.zero_grad()
+    loss = torch.compile(model, fullgraph=True)(**inputs).loss
+    loss.backward()
+    assert_all_same({"loss": loss.detach(), **gradients(model)}, expected)

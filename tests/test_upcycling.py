@@ -56,6 +56,12 @@ def test_equals_the_dense_network_at_step_0(dense_options, layer_options, granul
     check_equal(layer, dense, randn(T, H))
 
 
+def test_a_limit_after_the_activation_is_taken_over():
+    torch.manual_seed(0)
+    dense = DenseFFN(H, I, limit=0.05, limit_position="after")
+    check_equal(upcycle(dense, 4, 2), dense, randn(T, H))
+
+
 @pytest.mark.parametrize(
     ("make", "activation"),
     [
@@ -163,6 +169,11 @@ def test_refused():
         ),
         "weight_position would change": lambda: upcycle(dense, 4, 2, weight_position="input"),
         "num_zero_experts would change": lambda: upcycle(dense, 4, 2, num_zero_experts=2),
+        "projection would change": lambda: upcycle(dense, 4, 2, projection="mlp", projection_size=4),
+        "num_shared_sinks would change": lambda: upcycle(dense, 4, 2, num_shared_sinks=2, score_function="sigmoid"),
+        "granularity above 1 needs selection='topk', which keeps copies whole, got .*biased": lambda: upcycle(
+            dense, 4, 2, granularity=2, force_biased=1.0
+        ),
         "granularity above 1 needs selection='topk'": lambda: upcycle(
             dense, 4, 2, granularity=2, selection="hash", vocab_size=9
         ),

@@ -2,274 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
+from torch_moe._checked import Checked
 from torch_moe.ops.activation import GATED_ACTIVATIONS, UNGATED_ACTIVATIONS, is_gated
+from torch_moe.router_config import RouterConfig
 
-
-class _Checked:
-    """A config that checks itself: the values of every Literal field, then what `_check` says."""
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal:
-                choices = get_args(hint)
-                self._require(
-                    getattr(self, name) in choices, f"{name} must be in {choices}, got {getattr(self, name)!r}"
-                )
-        self._check()
-
-    def _check(self) -> None:
-        raise NotImplementedError
-
-    def _require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise ValueError(f"{type(self).__name__}: {message}")
-
-    def _require_at_least_1(self, *names: str) -> None:
-        for name in names:
-            self._require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def is_default(self, name: str) -> bool:
-        """Tell whether a field that has a default holds it."""
-        return bool(getattr(self, name) == getattr(type(self), name))
-
-    def _require_default_unless(self, condition: bool, needs: str, *names: str) -> None:
-        """Refuse options that would do nothing."""
-        for name in names:
-            unused = condition or self.is_default(name)
-            self._require(
-                unused, f"{name}={getattr(self, name)!r} does nothing without {needs}: set it or leave {name}"
-            )
-
-
-@cache
-def _choices_of(config: type) -> dict[str, tuple[str, ...]]:
-    """Return the values of every Literal field."""
-    hints = get_type_hints(config)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+__all__ = ["ExpertsConfig", "MoEConfig", "RouterConfig", "SharedExpertsConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig(_Checked):
-    """How tokens choose experts. The order of the fields is the order in which they act.
-
-    Parameters
-    ----------
-    hidden_size : int
-        Width of a token.
-    num_experts : int
-        Experts with weights.
-    top_k : int
-        Experts per token.
-    input_norm : bool, default=False
-        Normalise the tokens by their root mean square, times a learned scale, over sqrt(hidden_size) (Gemma-4).
-    input_jitter : float, default=0.0
-        In training, multiply every input by a number drawn from [1 - input_jitter, 1 + input_jitter] (Switch).
-    projection_bias : bool, default=False
-        Add a bias to the logits: it enters the weights, and learns by gradient (gpt-oss).
-    projection_dtype : {"float32", "input"}, default="float32"
-        What the logits are computed in. "input" only repeats checkpoints that were trained so.
-    noisy : bool, default=False
-        In training, add normal noise of a learned size to the logits (Shazeer 2017).
-    logit_softcap : float, default=None
-        Replace the logits z by ``c * tanh(z / c)``.
-    score_function, score_order
-        As in :func:`torch_moe.ops.route`.
-    selection : {"topk", "hash", "sinkhorn", "top2_gshard", "expert_choice"}, default="topk"
-        Who chooses. "hash": a fixed table from token ids, with learned weights. "sinkhorn": in training, the best
-        after the scores were balanced; in evaluation "topk". "top2_gshard": the two best, see
-        ``second_expert_policy``. "expert_choice": each expert takes its best tokens, of which it sees all: not for
-        causal models.
-    expert_bias : bool, default=False
-        Keep a bias that steers the selection only and has no gradient.
-    num_groups, topk_groups, group_score, group_mask
-        As in :func:`torch_moe.ops.route`.
-    vocab_size : int, default=None
-        Rows of the table of "hash".
-    sinkhorn_iterations : int, default=8
-        Alternations of "sinkhorn".
-    second_expert_policy : {"all", "random"}, default="all"
-        For "top2_gshard", in training: keep the second expert always, or with probability ``2 * weight``.
-    causal : bool, default=True
-        Whether the model predicts later tokens from earlier ones. "expert_choice" needs False.
-    force_balanced : bool, default=False
-        Choose experts in turn, whatever the logits are: for benchmarks.
-    renormalize, renormalize_p, renormalize_eps, renormalize_eps_mode, routed_scaling_factor
-        As in :func:`torch_moe.ops.route`.
-    per_expert_scale : bool, default=False
-        Multiply the weights by a learned scale of the expert (Gemma-4).
-    num_zero_experts : int, default=0
-        Experts without weights that a token can choose, numbered after the others.
-    zero_expert : {"identity", "zero"}, default="identity"
-        What they return: the token itself (LongCat), or nothing.
-    capacity_factor : float, default=None
-        An expert takes at most ``ceil(capacity_factor * num_tokens * top_k / num_experts)`` slots. None, without
-        ``capacity``, is dropless: no slot is ever dropped. For "expert_choice" what every expert takes (None: 1).
-    eval_capacity_factor : float, default=None
-        The same in evaluation; None: as in training.
-    capacity : int, default=None
-        That number itself, in place of ``capacity_factor``.
-    capacity_scope : {"batch", "sequence"}, default="batch"
-        Whether experts have this capacity for all tokens of a call together or for each sequence.
-    drop_policy : {"position", "probability"}, default="position"
-        Whether the later slots are dropped first, or those of the least weight.
-    check_finite : bool, default=False
-        Raise on NaN or infinite logits, instead of showing NaN in the weights.
-
-    Raises
-    ------
-    ValueError
-        If options contradict each other, or would leave the router without a gradient. The message names the fields.
-
-    References
-    ----------
-    arXiv 1701.06538 (noisy), 2006.16668 (GShard), 2101.03961 (Switch: jitter, capacity), 2106.04426 (hash), 2202.09368
-    (expert choice), 2401.04088 (Mixtral), 2412.19437 (DeepSeek-V3), 2509.01322 (LongCat: identity experts).
-    """
-
-    hidden_size: int
-    num_experts: int
-    top_k: int
-    input_norm: bool = False
-    input_jitter: float = 0.0
-    projection_bias: bool = False
-    projection_dtype: Literal["float32", "input"] = "float32"
-    noisy: bool = False
-    logit_softcap: float | None = None
-    score_function: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
-    score_order: Literal["score_then_topk", "topk_then_score"] = "score_then_topk"
-    selection: Literal["topk", "hash", "sinkhorn", "top2_gshard", "expert_choice"] = "topk"
-    expert_bias: bool = False
-    num_groups: int = 1
-    topk_groups: int = 1
-    group_score: Literal["top2_sum", "max"] = "top2_sum"
-    group_mask: Literal["-inf", "zero"] = "-inf"
-    vocab_size: int | None = None
-    sinkhorn_iterations: int = 8
-    second_expert_policy: Literal["all", "random"] = "all"
-    causal: bool = True
-    force_balanced: bool = False
-    renormalize: bool = True
-    renormalize_p: float = 1.0
-    renormalize_eps: float = 1e-20
-    renormalize_eps_mode: Literal["add", "clamp"] = "add"
-    routed_scaling_factor: float = 1.0
-    per_expert_scale: bool = False
-    num_zero_experts: int = 0
-    zero_expert: Literal["identity", "zero"] = "identity"
-    capacity_factor: float | None = None
-    eval_capacity_factor: float | None = None
-    capacity: int | None = None
-    capacity_scope: Literal["batch", "sequence"] = "batch"
-    drop_policy: Literal["position", "probability"] = "position"
-    check_finite: bool = False
-
-    @property
-    def num_choices(self) -> int:
-        """Return the width of the logits: experts with and without weights."""
-        return self.num_experts + self.num_zero_experts
-
-    def _check(self) -> None:
-        self._require_at_least_1("hidden_size", "num_experts", "sinkhorn_iterations")
-        self._require(self.num_zero_experts >= 0, f"num_zero_experts must not be negative, got {self.num_zero_experts}")
-        choices = "num_experts" + (" + num_zero_experts" if self.num_zero_experts else "") + f" = {self.num_choices}"
-        self._require(1 <= self.top_k <= self.num_choices, f"top_k must be in [1, {choices}], got {self.top_k}")
-        jitter, softcap = self.input_jitter, self.logit_softcap
-        self._require(0 <= jitter < 1, f"input_jitter must be in [0, 1), got {jitter}")
-        self._require(softcap is None or softcap > 0, f"logit_softcap must be positive or None, got {softcap}")
-        self._check_groups()
-        self._check_selection()
-        self._check_weights()
-        self._check_capacity()
-        self._require_default_unless(self.num_zero_experts > 0, "num_zero_experts", "zero_expert")
-
-    def _check_groups(self) -> None:
-        groups, kept = self.num_groups, self.topk_groups
-        divides = groups >= 1 and self.num_experts % groups == 0
-        self._require(divides, f"num_groups must divide num_experts = {self.num_experts}, got {groups}")
-        self._require(1 <= kept <= groups, f"topk_groups must be in [1, num_groups = {groups}], got {kept}")
-        eligible = kept * (self.num_experts // groups)
-        self._require(
-            groups == 1 or self.top_k <= eligible,
-            f"top_k must be at most {eligible}, the experts of topk_groups = {kept} groups, got {self.top_k} "
-            "(raise topk_groups or lower num_groups)",
-        )
-        self._require(
-            groups == 1 or self.num_zero_experts == 0,
-            f"num_zero_experts={self.num_zero_experts} belong to no group: set num_groups=1, got {groups}",
-        )
-        self._require_default_unless(groups > 1, "num_groups", "group_score", "group_mask")
-
-    def _check_selection(self) -> None:
-        choice = self.selection
-        self._require_default_unless(choice == "hash", 'selection="hash"', "vocab_size")
-        self._require_default_unless(choice == "sinkhorn", 'selection="sinkhorn"', "sinkhorn_iterations")
-        self._require_default_unless(choice == "top2_gshard", 'selection="top2_gshard"', "second_expert_policy")
-        if choice == "hash":
-            rows = self.vocab_size
-            self._require(rows is not None and rows >= 1, f'selection="hash" needs vocab_size >= 1, got {rows}')
-        if choice == "top2_gshard":
-            self._require(self.top_k == 2, f'selection="top2_gshard" needs top_k=2, got {self.top_k}')
-        if choice == "expert_choice":
-            self._require(
-                not self.causal,
-                'selection="expert_choice" leaks the future in a causal model: an expert sees all tokens of a call '
-                'before it chooses. Set causal=False if the model is not causal, or selection="topk"',
-            )
-            self._require(not self.renormalize, 'selection="expert_choice" needs renormalize=False: a token has no sum')
-        if choice not in ("topk", "top2_gshard"):
-            unused = ("expert_bias", "num_groups") if choice != "sinkhorn" else ("num_groups",)
-            for name in unused:
-                self._require(
-                    self.is_default(name), f'{name} does nothing with selection="{choice}": leave {name} or use "topk"'
-                )
-        self._require(
-            self.num_zero_experts == 0 or choice in ("topk", "hash"),
-            f'num_zero_experts={self.num_zero_experts} needs selection="topk" or "hash", got "{choice}"',
-        )
-
-    def _check_weights(self) -> None:
-        constant = self.renormalize or (self.score_function == "softmax" and self.score_order == "topk_then_score")
-        self._require(
-            not (self.top_k == 1 and self.num_choices > 1 and constant),
-            "top_k=1 needs renormalize=False and scores that are not a softmax over the selection "
-            '(score_order="score_then_topk", or score_function="sigmoid"): else the weight is identically 1 and the '
-            "router gets no gradient",
-        )
-        options = ("renormalize_p", "renormalize_eps", "renormalize_eps_mode")
-        self._require_default_unless(self.renormalize, "renormalize", *options)
-        self._require(self.renormalize_p >= 1, f"renormalize_p must be at least 1, got {self.renormalize_p}")
-        self._require(self.renormalize_eps >= 0, f"renormalize_eps must not be negative, got {self.renormalize_eps}")
-        scale = self.routed_scaling_factor
-        self._require(0 < scale < math.inf, f"routed_scaling_factor must be positive, got {scale}")
-
-    def _check_capacity(self) -> None:
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            factor = getattr(self, name)
-            positive = factor is None or 0 < factor < math.inf
-            self._require(positive, f"{name} must be positive, or None for no limit, got {factor}")
-        self._require(self.capacity is None or self.capacity >= 1, f"capacity must be at least 1, got {self.capacity}")
-        both = self.capacity is not None and self.capacity_factor is not None
-        self._require(not both, f"give capacity={self.capacity} or capacity_factor={self.capacity_factor}, not both")
-        limited = self.capacity is not None or self.capacity_factor is not None
-        needs = "capacity_factor or capacity (None is dropless)"
-        self._require_default_unless(limited, needs, "capacity_scope", "drop_policy")
-        self._require_default_unless(self.capacity_factor is not None, "capacity_factor", "eval_capacity_factor")
-        if self.selection == "expert_choice":
-            for name in ("capacity", "capacity_scope", "drop_policy"):
-                self._require(
-                    self.is_default(name),
-                    f'{name}={getattr(self, name)!r} contradicts selection="expert_choice", where every expert takes '
-                    f"capacity_factor * num_tokens * top_k / num_experts tokens: leave {name}",
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertsConfig(_Checked):
+class ExpertsConfig(Checked):
     """What the experts compute.
 
     Parameters
@@ -282,6 +26,8 @@ class ExpertsConfig(_Checked):
         Number of experts.
     activation, gate_layout, alpha, limit, up_offset
         As in :func:`torch_moe.ops.activation`.
+    limit_position : {"before", "after"}, default="before"
+        Whether ``limit`` bounds the gate before its activation or after it (Step-3.7).
     bias : bool, default=False
         Add biases to both projections.
     weight_layout : {"out_in", "in_out"}, default="out_in"
@@ -319,6 +65,7 @@ class ExpertsConfig(_Checked):
     weight_layout: Literal["out_in", "in_out"] = "out_in"
     alpha: float = 1.0
     limit: float | None = None
+    limit_position: Literal["before", "after"] = "before"
     up_offset: float = 0.0
     weight_position: Literal["output", "input"] = "output"
     recompute: bool = False
@@ -340,6 +87,11 @@ class ExpertsConfig(_Checked):
         self._require(
             plain or self.activation == "swiglu", f"alpha, limit and up_offset shape swiglu, not {self.activation}"
         )
+        self._require_default_unless(self.limit is not None, "limit", "limit_position")
+        self._require(
+            self.limit_position == "before" or (self.alpha, self.up_offset, self.recompute) == (1.0, 0.0, False),
+            'limit_position="after" needs alpha=1.0, up_offset=0.0 and recompute=False',
+        )
         for name in ("dropout", "expert_dropout"):
             self._require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
         self._require(
@@ -359,12 +111,13 @@ class SharedExpertsConfig(ExpertsConfig):
 
     Parameters
     ----------
-    gate : {"none", "sigmoid"}, default="none"
-        Multiply its output by the sigmoid of a learned linear function of the token (Qwen2-MoE, Qwen3-Next).
+    gate : {"none", "sigmoid", "router"}, default="none"
+        Multiply its output by the sigmoid of a learned linear function of the token (Qwen2-MoE, Qwen3-Next); or each of
+        ``num_shared_sinks`` equal parts of its width by the weight that the router gives it (Inkling).
     """
 
     num_experts: int = 1
-    gate: Literal["none", "sigmoid"] = "none"
+    gate: Literal["none", "sigmoid", "router"] = "none"
 
     def _check(self) -> None:
         super()._check()
@@ -381,7 +134,7 @@ class SharedExpertsConfig(ExpertsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig(_Checked):
+class MoEConfig(Checked):
     """A whole layer.
 
     Parameters
@@ -392,6 +145,15 @@ class MoEConfig(_Checked):
         What is computed there.
     shared_experts : SharedExpertsConfig, default=None
         What is added for every token.
+    combine : {"sum", "average"}, default="sum"
+        Whether the chosen and the shared experts are added or averaged (Cohere2-MoE).
+    latent_size : int, default=None
+        Width that the tokens are projected to before the experts and back from after them; router and shared experts
+        see the whole token (Nemotron-H).
+    output_bias : bool, default=False
+        Add a learned bias to the sum (JetMoE).
+    output_norm : bool, default=False
+        Normalise the sum by its root mean square, times a learned scale (A.X-K1).
 
     Raises
     ------
@@ -402,13 +164,36 @@ class MoEConfig(_Checked):
     router: RouterConfig
     experts: ExpertsConfig
     shared_experts: SharedExpertsConfig | None = None
+    combine: Literal["sum", "average"] = "sum"
+    latent_size: int | None = None
+    output_bias: bool = False
+    output_norm: bool = False
 
     def _check(self) -> None:
-        for name in ("hidden_size", "num_experts"):
-            ours, theirs = getattr(self.router, name), getattr(self.experts, name)
-            self._require(ours == theirs, f"router.{name} = {ours} must equal experts.{name} = {theirs}")
+        ours, theirs = self.router.num_experts, self.experts.num_experts
+        self._require(ours == theirs, f"router.num_experts = {ours} must equal experts.num_experts = {theirs}")
+        self._require(self.latent_size is None or self.latent_size >= 1, "latent_size must be at least 1, or None")
+        width = "router.hidden_size" if self.latent_size is None else "latent_size"
+        ours, theirs = self.latent_size or self.router.hidden_size, self.experts.hidden_size
+        self._require(ours == theirs, f"{width} = {ours} must equal experts.hidden_size = {theirs}")
+        self._require_default_unless(self.shared_experts is not None, "shared_experts", "combine")
+        self._check_sinks()
         if self.shared_experts is not None:
             ours, theirs = self.router.hidden_size, self.shared_experts.hidden_size
             self._require(
                 ours == theirs, f"router.hidden_size = {ours} must equal shared_experts.hidden_size = {theirs}"
+            )
+
+    def _check_sinks(self) -> None:
+        number, shared = self.router.num_shared_sinks, self.shared_experts
+        weighs = shared is not None and shared.gate == "router"
+        self._require(
+            (number > 0) == weighs,
+            f'router.num_shared_sinks = {number} and gate="router" of shared_experts belong together: set both or none',
+        )
+        if shared is not None and number:
+            self._require(
+                shared.intermediate_size % number == 0,
+                f"router.num_shared_sinks = {number} must divide shared_experts.intermediate_size = "
+                f"{shared.intermediate_size}",
             )

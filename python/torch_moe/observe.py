@@ -51,14 +51,15 @@ Read = Callable[[nn.Module, tuple[Any, ...], Any], Observation]
 _SELECTION = ("score_function", "score_order", "num_groups", "topk_groups", "group_score", "group_mask")
 
 
-def read_router(router: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> Observation:
-    """Read a :class:`torch_moe.TopKRouter`, or any module that returns its three tensors."""
-    router_logits, topk_weights, topk_ids = output
+def read_router(router: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Observation:
+    """Read a :class:`torch_moe.TopKRouter`, or any module that returns its tensors, of which the first three count."""
+    router_logits, topk_weights, topk_ids = output[:3]
     bias = getattr(router, "expert_bias", None)
     if not isinstance(router, TopKRouter):
         return Observation(topk_ids, topk_weights, router_logits, bias)
     config = router.config
-    by_route = config.selection in ("topk", "top2_gshard") and not config.force_balanced
+    forced = config.force_balanced or config.force_biased > 0 or config.second_expert_policy == "sampling"
+    by_route = config.selection in ("topk", "top2_gshard") and not forced
     options = {name: getattr(config, name) for name in _SELECTION} if by_route else None
     function = config.score_function
     return Observation(topk_ids, topk_weights, router_logits, bias, options, score_function=function)

@@ -135,7 +135,11 @@ def _report(
     # A token's choices may hold experts without weights: it then passes fewer, which counts can only bound.
     chosen = min(config.router.top_k, num_experts)
     matrices = (experts.gate_up_proj.numel() + experts.down_proj.numel()) // num_experts * chosen
-    matrices += router.weight.numel() + (0 if shared is None else _products(shared))
+    matrices += router.weight.numel() + (0 if router.mlp is None else _products(router.mlp))
+    matrices += 0 if shared is None else _products(shared)
+    latent = [part for part in (layer.latent_down, layer.latent_up) if part is not None]
+    matrices += sum(_products(part) for part in latent)
+    ends = _count(layer) - _count(router) - _count(experts) - (0 if shared is None else _count(shared))
     return ParamReport(
         embeddings=embeddings,
         unembedding=unembedding,
@@ -145,7 +149,7 @@ def _report(
         active_routed_experts=_count(experts) // num_experts * chosen * num_layers,
         shared_experts=0 if shared is None else _count(shared) * num_layers,
         dense=dense,
-        other=other,
+        other=other + ends * num_layers,
         flops_per_token=2 * (products + matrices * num_layers),
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_moe import ops
 from torch_moe._routing import probabilities, scores
 from torch_moe.nn.layer import MoE
-from torch_moe.nn.router import RouterOutput
+from torch_moe.nn.router import ExtendedRouterOutput, RouterOutput
 from torch_moe.summary import Summary
 
 
@@ -137,8 +137,12 @@ def trace(layer: MoE, x: Tensor, *, token_ids: Tensor | None = None) -> Trace:
         # One row per choice: each goes through its own expert alone, with its own weight.
         each = RouterOutput(routed.router_logits, routed.topk_weights.view(-1, 1), routed.topk_ids.view(-1, 1))
         contributions = _routed(layer, token.expand(len(each.topk_ids), -1), each)
-        shared = None if layer.shared_experts is None else layer.shared_experts.forward(token)[0]
-        output = _routed(layer, token, routed, shared)[0]
+        weights = getattr(routed, "shared_weights", None)
+        weighed = () if weights is None else (weights,)
+        shared = None if layer.shared_experts is None else layer.shared_experts.forward(token, *weighed)
+        others = [*([] if shared is None else [shared]), *_without_weights(layer, token, routed)]
+        output = layer._finish(_summed(layer, token, routed), others)[0]
+        shared = None if shared is None else shared[0]
     finally:
         for module, training in mode.items():
             module.training = training
@@ -156,11 +160,22 @@ def trace(layer: MoE, x: Tensor, *, token_ids: Tensor | None = None) -> Trace:
     )
 
 
-def _routed(layer: MoE, tokens: Tensor, routed: RouterOutput, shared: Tensor | None = None) -> Tensor:
-    """Return what the chosen experts give, those without weights included, in the order in which the layer adds."""
-    output = layer.experts.forward(tokens, routed.topk_weights, ops.plan(routed.topk_ids, layer.router.num_experts))
-    if shared is not None:
-        output = output + shared
-    if layer.config.router.num_zero_experts > 0 and layer.config.router.zero_expert == "identity":
-        output = output + layer._identity(tokens, routed)
-    return output
+def _summed(layer: MoE, tokens: Tensor, routed: RouterOutput | ExtendedRouterOutput) -> Tensor:
+    """Return what the chosen experts give, in their own width."""
+    plan = ops.plan(routed.topk_ids, layer.router.num_experts)
+    return layer.experts.forward(layer._narrow(tokens), layer.router.weights_of_kept(routed, plan), plan)
+
+
+def _routed(layer: MoE, tokens: Tensor, routed: RouterOutput) -> Tensor:
+    """Return what the chosen experts give, those without weights included, in the width of a token."""
+    output = layer.experts.forward(
+        layer._narrow(tokens), routed.topk_weights, ops.plan(routed.topk_ids, layer.router.num_experts)
+    )
+    output = output if layer.latent_up is None else layer.latent_up(output)
+    return sum(_without_weights(layer, tokens, routed), output)
+
+
+def _without_weights(layer: MoE, tokens: Tensor, routed: RouterOutput | ExtendedRouterOutput) -> list[Tensor]:
+    config = layer.config.router
+    has_some = config.num_zero_experts > 0 and config.zero_expert == "identity"
+    return [layer._identity(tokens, routed)] if has_some else []

@@ -88,6 +88,7 @@ def upcycle(
     renormalize = options.get("renormalize", True)
     _require(renormalize or softmax_last, "weights must sum to a constant: renormalize must be True", renormalize)
     by_score = options.get("selection", "topk") == "topk" and not options.get("force_balanced")
+    by_score = by_score and not options.get("force_biased")
     _require(
         granularity == 1 or by_score, "granularity above 1 needs selection='topk', which keeps copies whole", options
     )
@@ -132,6 +133,8 @@ def upcycle(
 _PLAIN: dict[str, object] = {
     "num_shared_experts": 0,
     "shared_intermediate_size": None,
+    "projection": "linear",
+    "num_shared_sinks": 0,
     "num_zero_experts": 0,
     "weight_position": "output",
     "renormalize_p": 1.0,
@@ -151,7 +154,7 @@ class _Dense(NamedTuple):
 
 def _read(ffn: nn.Module, options: Mapping[str, Any]) -> _Dense:
     if isinstance(ffn, DenseFFN):
-        names = ("activation", "gate_layout", "alpha", "limit", "up_offset")
+        names = ("activation", "gate_layout", "alpha", "limit", "limit_position", "up_offset")
         own = {name: getattr(ffn, name) for name in names}
         halves = 2 if is_gated(ffn.activation) else 1
         weight, bias = ffn.gate_up_proj.weight, ffn.gate_up_proj.bias

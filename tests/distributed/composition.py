@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 
-from torch_moe import BiasBalancer, MoE
+from torch_moe import BiasBalancer, ExpertsConfig, MoE, MoEConfig, RouterConfig, SharedExpertsConfig
 from torch_moe.distributed import (
     ExpertParallel,
     average_gradients,
@@ -133,6 +133,27 @@ def load_fsdp(path):
         plain.state_dict().items(), Block(make_layer()).state_dict().items(), strict=True
     ):
         assert not torch.equal(tensor, first), name  # it was trained
+
+
+def with_every_part(rank):
+    """What a layer has beside router and experts acts on this rank's tokens as in one process."""
+    router = RouterConfig(
+        hidden_size=H, num_experts=E, top_k=K, score_function="sigmoid", num_shared_sinks=2, projection="mlp",
+        projection_size=10, projection_state=True, capacity=3,
+    )  # fmt: skip
+    parts = {"latent_size": 12, "combine": "average", "output_bias": True, "output_norm": True}
+    shared = SharedExpertsConfig(hidden_size=H, intermediate_size=I, gate="router")
+    experts = ExpertsConfig(hidden_size=12, intermediate_size=I, num_experts=E)
+    torch.manual_seed(0)
+    layer = MoE.from_config(MoEConfig(router=router, experts=experts, shared_experts=shared, **parts))
+    x, state = tokens(rank), torch.randn(T, 10, generator=torch.Generator().manual_seed(rank))
+    expected, routing = layer(x, True, router_state=state, router_input=x.tanh())
+    parallel = ExpertParallel(layer, distributed.group.WORLD)
+    output, own = parallel(x, True, router_state=state, router_input=x.tanh())
+    assert_close(output, expected.double(), H, 12, I, K)
+    assert torch.equal(own.router_state, routing.router_state)
+    output.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in parallel.parameters())
 
 
 def recomputed(rank):
@@ -282,6 +303,7 @@ def main(rank, world_size, path, part):
         without_fsdp(rank, world_size)
         with_replicas(rank, world_size)
         with_fsdp(rank, world_size)
+        with_every_part(rank)
         recomputed(rank)
         balanced(rank, world_size)
         compiled(rank)

@@ -230,6 +230,8 @@ def test_one_error_on_every_rank(rank, world_size):
     parallel = ExpertParallel(make_layer(), world)
     with Raises(ValueError, f"rank {world_size - 1}: the layer is parallel already"):
         ExpertParallel(parallel if last else make_layer(), world)
+    with Raises(ValueError, "limit_position must be 'before', got 'after'"):
+        ExpertParallel(make_layer(limit=1.0, limit_position="after"), world)
     with Raises(ValueError, "rank 0: dropout must be 0, got 0.5"):
         ExpertParallel(make_layer(dropout=0.5 if rank == 0 else 0.0), world)
     mesh = distributed.init_device_mesh("cpu", (1, world_size), mesh_dim_names=("fsdp", "tp"))

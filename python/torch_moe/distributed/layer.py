@@ -15,8 +15,7 @@ from torch_moe.distributed.checkpoint import load_experts, save_experts
 from torch_moe.distributed.exchange import local
 from torch_moe.distributed.placement import Placement
 from torch_moe.nn._common import require, uniform_by_fan_in_
-from torch_moe.nn.layer import MoE, Routing
-from torch_moe.nn.router import RouterOutput
+from torch_moe.nn.layer import ExtendedRouting, MoE, Routing
 from torch_moe.ops._common import autocast_dtype
 from torch_moe.ops.ep_pack import WIRES
 
@@ -272,6 +271,8 @@ class ExpertParallel(MoE):
         self.router = layer.router
         self.experts: Any = ShardedExperts(layer.experts, mesh, placement=placement, **options)  # type: ignore[arg-type]
         self.shared_experts = layer.shared_experts
+        self.latent_down, self.latent_up = layer.latent_down, layer.latent_up
+        self.output_bias, self.output_norm = layer.output_bias, layer.output_norm
 
     def forward(  # type: ignore[override]
         self,
@@ -280,31 +281,28 @@ class ExpertParallel(MoE):
         *,
         token_ids: Tensor | None = None,
         route_override: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Routing]:
+        router_input: Tensor | None = None,
+        router_state: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Routing | ExtendedRouting]:
         """Apply the layer to this rank's tokens; arguments and result are those of :meth:`torch_moe.MoE.forward`."""
         if self.experts.ep_size == 1 and self.experts._table is None:
             forward: Any = super().forward
-            plain: Tensor | tuple[Tensor, Routing] = forward(
-                hidden_states, return_routing, token_ids=token_ids, route_override=route_override
+            plain: Tensor | tuple[Tensor, Routing | ExtendedRouting] = forward(
+                hidden_states,
+                return_routing,
+                token_ids=token_ids,
+                route_override=route_override,
+                router_input=router_input,
+                router_state=router_state,
             )
             return plain
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
-        ids = None if route_override is None else route_override.reshape(-1, route_override.shape[-1])
-        routed = RouterOutput(*self.router(tokens, token_ids=token_ids, route_override=ids))
-        plan = self.router.plan(routed, hidden_states.shape[-2] if hidden_states.dim() > 1 else 1)
+        routed, plan = self._route(hidden_states, token_ids, route_override, router_input, router_state)
         kept = routed.topk_ids.where(plan.slot_to_row >= 0, -1)
-        sent = self.experts.send(tokens, routed.topk_weights, kept)
-        # These are computed while the tokens travel.
-        others = [] if self.shared_experts is None else [self.shared_experts(tokens)]
-        if self.config.router.num_zero_experts > 0 and self.config.router.zero_expert == "identity":
-            others.append(self._identity(tokens, routed))
-        output: Tensor = self.experts.finish(sent)
-        for other in others:
-            output = output + other
-        output = output.view(hidden_states.shape)
-        if not return_routing:
-            return output
-        return output, Routing(routed.router_logits, routed.topk_ids, routed.topk_weights, plan.tokens_per_expert)
+        sent = self.experts.send(self._narrow(tokens), self.router.weights_of_kept(routed, plan), kept)
+        others = self._beside(tokens, routed)  # computed while the tokens travel
+        output = self._finish(self.experts.finish(sent), others).view(hidden_states.shape)
+        return (output, self._routing(routed, plan)) if return_routing else output
 
 
 def _mesh(group: DeviceMesh | ProcessGroup, layer: MoE) -> DeviceMesh:
@@ -328,6 +326,8 @@ def _problem(layer: MoE, placement: Placement | None, ep_size: int, options: dic
     experts, (num_chunks, wire) = layer.config.experts, (options["num_chunks"], options["wire"])
     if experts.weight_position != "output":
         return f"weight_position must be 'output', got {experts.weight_position!r}"
+    if experts.limit_position != "before":
+        return f"limit_position must be 'before', got {experts.limit_position!r}"
     for name in ("dropout", "expert_dropout"):
         if getattr(experts, name) > 0:
             return f"{name} must be 0, got {getattr(experts, name)}"

@@ -2,7 +2,17 @@
 
 from torch_moe.nn.dense import DenseFFN, SharedExperts
 from torch_moe.nn.experts import Experts
-from torch_moe.nn.layer import MoE, Routing
-from torch_moe.nn.router import RouterOutput, TopKRouter
+from torch_moe.nn.layer import ExtendedRouting, MoE, Routing
+from torch_moe.nn.router import ExtendedRouterOutput, RouterOutput, TopKRouter
 
-__all__ = ["DenseFFN", "Experts", "MoE", "RouterOutput", "Routing", "SharedExperts", "TopKRouter"]
+__all__ = [
+    "DenseFFN",
+    "Experts",
+    "ExtendedRouterOutput",
+    "ExtendedRouting",
+    "MoE",
+    "RouterOutput",
+    "Routing",
+    "SharedExperts",
+    "TopKRouter",
+]

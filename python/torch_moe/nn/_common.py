@@ -5,8 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from torch_moe import _C
+from torch_moe import _C, ops
 from torch_moe.ops._common import is_autocast_enabled
 
 
@@ -38,3 +39,23 @@ def empty_on_large_pages(*size: int, device: torch.device | str | None, dtype: t
     if type(tensor) is Tensor and tensor.device.type == "cpu":  # a fake tensor has no memory
         _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def activate(
+    rows: Tensor,
+    activation: str,
+    *,
+    gate_layout: str,
+    alpha: float,
+    limit: float | None,
+    up_offset: float,
+    limit_position: str,
+) -> Tensor:
+    """Apply an activation to rows; the one that is limited after it is no operator's, and is composed here."""
+    if limit_position == "before":
+        return ops.activation(rows, activation, gate_layout=gate_layout, alpha=alpha, limit=limit, up_offset=up_offset)
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    interleaved = gate_layout == "interleaved"
+    gate, up = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    assert limit is not None
+    return (functional.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)).to(rows.dtype)

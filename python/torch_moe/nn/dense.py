@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from torch_moe import ops
 from torch_moe.config import SharedExpertsConfig
+from torch_moe.nn._common import activate, require
 from torch_moe.ops.activation import is_gated
 
 
@@ -19,6 +19,8 @@ class DenseFFN(nn.Module):
         Width between the two projections.
     activation, gate_layout, alpha, limit, up_offset
         As in :func:`torch_moe.ops.activation`.
+    limit_position
+        As in :class:`torch_moe.ExpertsConfig`.
     bias : bool, default=False
         Add biases to both projections.
     device, dtype
@@ -35,6 +37,7 @@ class DenseFFN(nn.Module):
         gate_layout: str = "concat",
         alpha: float = 1.0,
         limit: float | None = None,
+        limit_position: str = "before",
         up_offset: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -44,6 +47,7 @@ class DenseFFN(nn.Module):
         self.gate_layout = gate_layout
         self.alpha = alpha
         self.limit = limit
+        self.limit_position = limit_position
         self.up_offset = up_offset
         pre_activation_size = intermediate_size * (2 if is_gated(activation) else 1)
         self.gate_up_proj = nn.Linear(hidden_size, pre_activation_size, bias=bias, device=device, dtype=dtype)
@@ -56,17 +60,20 @@ class DenseFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return a tensor of the shape of ``hidden_states`` (..., hidden_size)."""
-        rows = self.gate_up_proj(hidden_states.reshape(-1, hidden_states.shape[-1]))
-        rows = ops.activation(
+        rows = self._activate(self.gate_up_proj(hidden_states.reshape(-1, hidden_states.shape[-1])))
+        output: Tensor = self.down_proj(rows)
+        return output.view(hidden_states.shape)
+
+    def _activate(self, rows: Tensor) -> Tensor:
+        return activate(
             rows,
             self.activation,
             gate_layout=self.gate_layout,
             alpha=self.alpha,
             limit=self.limit,
             up_offset=self.up_offset,
+            limit_position=self.limit_position,
         )
-        output: Tensor = self.down_proj(rows)
-        return output.view(hidden_states.shape)
 
     def extra_repr(self) -> str:
         """Return the activation."""
@@ -74,7 +81,7 @@ class DenseFFN(nn.Module):
 
 
 class SharedExperts(DenseFFN):
-    """The shared experts of a layer: one dense network, times the sigmoid of a linear ``gate`` if there is one.
+    """The shared experts of a layer: one dense network, weighed as the config's ``gate`` says.
 
     Parameters
     ----------
@@ -101,10 +108,12 @@ class SharedExperts(DenseFFN):
             gate_layout=config.gate_layout,
             alpha=config.alpha,
             limit=config.limit,
+            limit_position=config.limit_position,
             up_offset=config.up_offset,
             device=device,
             dtype=dtype,
         )
+        self.is_weighed = config.gate == "router"
         gated = config.gate == "sigmoid"
         self.gate = nn.Linear(config.hidden_size, 1, bias=False, device=device, dtype=dtype) if gated else None
 
@@ -114,7 +123,17 @@ class SharedExperts(DenseFFN):
         if self.gate is not None:
             self.gate.reset_parameters()
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return a tensor of the shape of ``hidden_states`` (..., hidden_size)."""
+    def forward(self, hidden_states: Tensor, shared_weights: Tensor | None = None) -> Tensor:
+        """Return a tensor of the shape of ``hidden_states`` (..., hidden_size).
+
+        ``shared_weights`` (..., num_shared_sinks) are the router's, for ``gate="router"``.
+        """
+        if self.is_weighed:
+            require("SharedExperts", shared_weights is not None, 'gate="router" needs shared_weights, got None')
+            assert shared_weights is not None
+            rows = self._activate(self.gate_up_proj(hidden_states))
+            parts = rows.view(*shared_weights.shape, -1) * shared_weights.unsqueeze(-1)
+            weighed: Tensor = self.down_proj(parts.flatten(-2).to(rows.dtype))
+            return weighed
         output = super().forward(hidden_states)
         return output if self.gate is None else output * torch.sigmoid(self.gate(hidden_states))

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from torch_moe import ops
 from torch_moe.config import ExpertsConfig
-from torch_moe.nn._common import empty_on_large_pages, uniform_by_fan_in_
+from torch_moe.nn._common import activate, empty_on_large_pages, uniform_by_fan_in_
 
 
 class Experts(nn.Module):
@@ -32,7 +32,7 @@ class Experts(nn.Module):
         Add biases to both projections.
     gate_layout, alpha, limit, up_offset
         As in :func:`torch_moe.ops.activation`.
-    weight_layout, weight_position, recompute, accumulate, dropout, expert_dropout
+    limit_position, weight_layout, weight_position, recompute, accumulate, dropout, expert_dropout
         As in :class:`torch_moe.ExpertsConfig`.
     device, dtype
         Of the parameters.
@@ -60,6 +60,7 @@ class Experts(nn.Module):
         weight_layout: str = "out_in",
         alpha: float = 1.0,
         limit: float | None = None,
+        limit_position: str = "before",
         up_offset: float = 0.0,
         weight_position: str = "output",
         recompute: bool = False,
@@ -80,6 +81,7 @@ class Experts(nn.Module):
             weight_layout=weight_layout,  # type: ignore[arg-type]
             alpha=alpha,
             limit=limit,
+            limit_position=limit_position,  # type: ignore[arg-type]
             up_offset=up_offset,
             weight_position=weight_position,  # type: ignore[arg-type]
             recompute=recompute,
@@ -95,6 +97,7 @@ class Experts(nn.Module):
         self.weight_layout = weight_layout
         self.alpha = alpha
         self.limit = limit
+        self.limit_position = limit_position
         self.up_offset = up_offset
         self.weight_position = weight_position
         self.recompute = recompute
@@ -165,8 +168,8 @@ class Experts(nn.Module):
         return self._apply_experts(hidden_states, topk_weights, plan)
 
     def _apply_experts(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan | Tensor) -> Tensor:
-        if self.training and self.dropout > 0:
-            return self._forward_with_dropout(hidden_states, topk_weights, self._plan(plan))
+        if (self.training and self.dropout > 0) or self.limit_position == "after":
+            return self._apply_stages(hidden_states, topk_weights, self._plan(plan))
         return ops.experts(
             hidden_states,
             self.gate_up_proj,
@@ -188,20 +191,21 @@ class Experts(nn.Module):
     def _plan(self, plan: ops.Plan | Tensor) -> ops.Plan:
         return ops.plan(plan, self.num_experts) if isinstance(plan, Tensor) else plan
 
-    def _forward_with_dropout(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan) -> Tensor:
+    def _apply_stages(self, hidden_states: Tensor, topk_weights: Tensor, plan: ops.Plan) -> Tensor:
         """Run the stages one by one, because nothing enters the fused operator between its two products."""
         offsets, layout = plan.expert_offsets, self.weight_layout
         rows = ops.permute(hidden_states, plan)
         rows = ops.grouped_gemm(rows, self.gate_up_proj, offsets, self.gate_up_proj_bias, layout)
-        rows = ops.activation(
+        rows = activate(
             rows,
             self.activation,
             gate_layout=self.gate_layout,
             alpha=self.alpha,
             limit=self.limit,
             up_offset=self.up_offset,
+            limit_position=self.limit_position,
         )
-        rows = functional.dropout(rows, self.dropout)
+        rows = functional.dropout(rows, self.dropout, self.training)
         rows = ops.grouped_gemm(rows, self.down_proj, offsets, self.down_proj_bias, layout)
         return ops.combine(rows, topk_weights, plan)
 
@@ -213,6 +217,8 @@ class Experts(nn.Module):
         text += f"weight_layout={self.weight_layout}"
         if (self.alpha, self.limit, self.up_offset) != (1.0, None, 0.0):
             text += f", alpha={self.alpha}, limit={self.limit}, up_offset={self.up_offset}"
+        if self.limit_position == "after":
+            text += ", limit_position=after"
         if self.dropout > 0:
             text += f", dropout={self.dropout}"
         if self.expert_dropout > 0:

@@ -6,11 +6,12 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from torch_moe import ops
 from torch_moe.config import ExpertsConfig, MoEConfig, RouterConfig, SharedExpertsConfig
 from torch_moe.nn._common import require
 from torch_moe.nn.dense import SharedExperts
 from torch_moe.nn.experts import Experts
-from torch_moe.nn.router import RouterOutput, TopKRouter
+from torch_moe.nn.router import ExtendedRouterOutput, RouterOutput, TopKRouter
 
 _EXPERTS_OPTIONS = {field.name for field in fields(ExpertsConfig)}
 # What the shared experts do not take over from the routed ones.
@@ -38,6 +39,24 @@ class Routing(NamedTuple):
     tokens_per_expert: Tensor
 
 
+class ExtendedRouting(NamedTuple):
+    """What a router with ``projection_state`` decided.
+
+    Attributes
+    ----------
+    router_logits, topk_ids, topk_weights, tokens_per_expert
+        As in :class:`Routing`.
+    router_state : Tensor of shape (num_tokens, projection_size), dtype=float32
+        To be given to the next layer.
+    """
+
+    router_logits: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    tokens_per_expert: Tensor
+    router_state: Tensor
+
+
 class MoE(nn.Module):
     """A Mixture-of-Experts layer: each token goes through ``top_k`` of ``num_experts`` feed-forward networks.
 
@@ -45,6 +64,9 @@ class MoE(nn.Module):
     2. ``plan`` sorts the tokens by expert;
     3. ``experts`` computes each expert on its tokens and sums by weight;
     4. ``shared_experts``, if any, is added for every token.
+
+    A layer with more parts (a latent width, averaged or weighed shared experts, an output bias or norm, a router with a
+    state) is made by :meth:`from_config`.
 
     Parameters
     ----------
@@ -78,6 +100,10 @@ class MoE(nn.Module):
     """
 
     shared_experts: SharedExperts | None
+    latent_down: nn.Linear | None
+    latent_up: nn.Linear | None
+    output_bias: nn.Parameter | None
+    output_norm: nn.RMSNorm | None
 
     def __init__(
         self,
@@ -132,13 +158,21 @@ class MoE(nn.Module):
         self.experts = Experts.from_config(config.experts, device=device, dtype=dtype)
         shared = config.shared_experts
         self.shared_experts = None if shared is None else SharedExperts(shared, device=device, dtype=dtype)
+        hidden, latent = config.router.hidden_size, config.latent_size
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.latent_down = None if latent is None else nn.Linear(hidden, latent, bias=False, **options)
+        self.latent_up = None if latent is None else nn.Linear(latent, hidden, bias=False, **options)
+        self.output_norm = nn.RMSNorm(hidden, eps=1e-6, **options) if config.output_norm else None
+        self.output_bias = nn.Parameter(torch.zeros(hidden, **options)) if config.output_bias else None
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: the router's, the experts', the shared experts'."""
-        self.router.reset_parameters()
-        self.experts.reset_parameters()
-        if self.shared_experts is not None:
-            self.shared_experts.reset_parameters()
+        """Draw all parameters anew: the router's, the experts', the shared experts', and what else there is."""
+        parts = (self.router, self.experts, self.shared_experts, self.latent_down, self.latent_up, self.output_norm)
+        for part in parts:
+            if part is not None:
+                part.reset_parameters()
+        if self.output_bias is not None:
+            nn.init.zeros_(self.output_bias)
 
     @overload
     def forward(
@@ -148,6 +182,8 @@ class MoE(nn.Module):
         *,
         token_ids: Tensor | None = ...,
         route_override: Tensor | None = ...,
+        router_input: Tensor | None = ...,
+        router_state: Tensor | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
@@ -157,7 +193,9 @@ class MoE(nn.Module):
         *,
         token_ids: Tensor | None = ...,
         route_override: Tensor | None = ...,
-    ) -> tuple[Tensor, Routing]: ...
+        router_input: Tensor | None = ...,
+        router_state: Tensor | None = ...,
+    ) -> tuple[Tensor, Routing | ExtendedRouting]: ...
 
     def forward(
         self,
@@ -166,7 +204,9 @@ class MoE(nn.Module):
         *,
         token_ids: Tensor | None = None,
         route_override: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Routing]:
+        router_input: Tensor | None = None,
+        router_state: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Routing | ExtendedRouting]:
         """Apply the layer.
 
         Parameters
@@ -179,31 +219,79 @@ class MoE(nn.Module):
             What ``selection="hash"`` looks up.
         route_override : Tensor of shape (..., top_k), dtype=int32, default=None
             Take these experts: the replay of another run's ``topk_ids``.
+        router_input : Tensor of shape (..., hidden_size), default=None
+            What the router sees of the tokens, where it is not ``hidden_states`` (Gemma-4, which norms them apart).
+        router_state : Tensor of shape (..., projection_size), default=None
+            The ``router_state`` of the layer before, for ``projection_state``.
 
         Returns
         -------
-        Tensor of shape (..., hidden_size), or that and a Routing
+        Tensor of shape (..., hidden_size), or that and a Routing (an ExtendedRouting with ``projection_state``)
             The outputs.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
-        ids = None if route_override is None else route_override.reshape(-1, route_override.shape[-1])
-        routed = RouterOutput(*self.router(tokens, token_ids=token_ids, route_override=ids))
-        plan = self.router.plan(routed, hidden_states.shape[-2] if hidden_states.dim() > 1 else 1)
-        output: Tensor = self.experts(tokens, routed.topk_weights, plan)
+        routed, plan = self._route(hidden_states, token_ids, route_override, router_input, router_state)
+        output: Tensor = self.experts(self._narrow(tokens), self.router.weights_of_kept(routed, plan), plan)
+        output = self._finish(output, self._beside(tokens, routed)).view(hidden_states.shape)
+        return (output, self._routing(routed, plan)) if return_routing else output
+
+    def _route(
+        self,
+        hidden_states: Tensor,
+        token_ids: Tensor | None,
+        route_override: Tensor | None,
+        router_input: Tensor | None,
+        router_state: Tensor | None,
+    ) -> tuple[ExtendedRouterOutput, ops.Plan]:
+        """Choose the experts and plan the rows."""
+
+        def flat(tensor: Tensor) -> Tensor:
+            return tensor.reshape(-1, tensor.shape[-1])
+
+        more = {} if router_state is None else {"router_state": flat(router_state)}
+        ids = None if route_override is None else flat(route_override)
+        seen = flat(hidden_states if router_input is None else router_input)
+        routed = ExtendedRouterOutput(*self.router(seen, token_ids=token_ids, route_override=ids, **more))
+        return routed, self.router.plan(routed, hidden_states.shape[-2] if hidden_states.dim() > 1 else 1)
+
+    def _routing(self, routed: ExtendedRouterOutput, plan: ops.Plan) -> Routing | ExtendedRouting:
+        routing = Routing(routed.router_logits, routed.topk_ids, routed.topk_weights, plan.tokens_per_expert)
+        return routing if routed.router_state is None else ExtendedRouting(*routing, routed.router_state)
+
+    def _narrow(self, tokens: Tensor) -> Tensor:
+        """Return what the experts are given."""
+        if self.latent_down is None:
+            return tokens
+        narrow: Tensor = self.latent_down(tokens)
+        return narrow
+
+    def _beside(self, tokens: Tensor, routed: ExtendedRouterOutput) -> list[Tensor]:
+        """Return what is added to the experts' sum: it needs none of them."""
+        others: list[Tensor] = []
         if self.shared_experts is not None:
-            output = output + self.shared_experts(tokens)
+            weights = () if routed.shared_weights is None else (routed.shared_weights,)
+            others.append(self.shared_experts(tokens, *weights))
         if self.config.router.num_zero_experts > 0 and self.config.router.zero_expert == "identity":
-            output = output + self._identity(tokens, routed)
-        output = output.view(hidden_states.shape)
-        if not return_routing:
-            return output
-        return output, Routing(routed.router_logits, routed.topk_ids, routed.topk_weights, plan.tokens_per_expert)
+            others.append(self._identity(tokens, routed))
+        return others
+
+    def _finish(self, output: Tensor, others: list[Tensor]) -> Tensor:
+        """Make the layer's output of the experts' sum and the rest."""
+        if self.latent_up is not None:
+            output = self.latent_up(output)
+        for other in others:
+            output = output + other
+        if self.config.combine == "average":
+            output = output / 2
+        if self.output_bias is not None:
+            output = output + self.output_bias
+        return output if self.output_norm is None else self.output_norm(output)
 
     def capacity(self, num_tokens: int) -> int | None:
         """Return the slots an expert takes at most of ``num_tokens`` tokens, or None for all."""
         return self.router.capacity(num_tokens)
 
-    def _identity(self, tokens: Tensor, routed: RouterOutput) -> Tensor:
+    def _identity(self, tokens: Tensor, routed: RouterOutput | ExtendedRouterOutput) -> Tensor:
         """Return what the identity experts add: the token, times the sum of their weights."""
         is_identity = routed.topk_ids >= self.config.router.num_experts
         weight = routed.topk_weights.where(is_identity, 0).sum(dim=-1, keepdim=True)

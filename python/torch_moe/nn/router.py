@@ -13,6 +13,8 @@ from torch_moe import ops, reference
 from torch_moe.config import RouterConfig
 from torch_moe.nn import selection
 from torch_moe.nn._common import require, uniform_by_fan_in_, without_autocast
+from torch_moe.nn.projection import ProjectionMLP
+from torch_moe.nn.sparsemixer import sparsemixer
 
 _ROUTE_OPTIONS = (
     "score_function", "score_order", "renormalize", "renormalize_p", "renormalize_eps", "renormalize_eps_mode",
@@ -36,6 +38,26 @@ class RouterOutput(NamedTuple):
     router_logits: Tensor
     topk_weights: Tensor
     topk_ids: Tensor
+
+
+class ExtendedRouterOutput(NamedTuple):
+    """What a router returns that does more than choose: those with shared sinks or a state.
+
+    Attributes
+    ----------
+    router_logits, topk_weights, topk_ids
+        As in :class:`RouterOutput`.
+    shared_weights : Tensor of shape (num_tokens, num_shared_sinks), dtype=float32, or None
+        What the shared experts weigh.
+    router_state : Tensor of shape (num_tokens, projection_size), dtype=float32, or None
+        To be given to the router of the next layer.
+    """
+
+    router_logits: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    shared_weights: Tensor | None = None
+    router_state: Tensor | None = None
 
 
 class TopKRouter(nn.Module):
@@ -62,12 +84,15 @@ class TopKRouter(nn.Module):
     config : RouterConfig
         All options.
     weight : Parameter of shape (num_experts, hidden_size)
-        The projection; zero experts have rows too.
+        The projection; zero experts and shared sinks have rows too. For ``projection="mlp"`` the last map of it,
+        (num_experts, projection_size).
+    mlp : ProjectionMLP or None
+        The rest of ``projection="mlp"``.
     expert_bias : Tensor of shape (num_experts,), dtype=float32, or None
         With the option of that name: a buffer of zeros that steers the selection only. It is saved in the
         state_dict, gets no gradient, and stays float32 when the module is cast: its updates are too small for less.
-    bias, input_scale, noise_weight, per_expert_scale : Parameter or None
-        Of the options ``projection_bias``, ``input_norm``, ``noisy`` and ``per_expert_scale``.
+    bias, input_scale, noise_weight, per_expert_scale, global_scale : Parameter or None
+        Of the options ``projection_bias``, ``input_norm``, ``noisy``, ``per_expert_scale`` and ``global_scale``.
     hash_table : Tensor of shape (vocab_size, top_k), dtype=int32, or None
         With ``selection="hash"``: see :func:`torch_moe.nn.selection.hash_table`.
 
@@ -82,6 +107,8 @@ class TopKRouter(nn.Module):
     input_scale: nn.Parameter | None  # [H]
     noise_weight: nn.Parameter | None  # [E, H]
     per_expert_scale: nn.Parameter | None  # [E]
+    global_scale: nn.Parameter | None  # [1]
+    mlp: ProjectionMLP | None
     expert_bias: Tensor | None  # [E]
     hash_table: Tensor | None  # [vocab_size, K]
 
@@ -104,15 +131,18 @@ class TopKRouter(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
 
         choices = config.num_choices
-        self.weight = nn.Parameter(torch.empty(choices, hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", parameter(config.projection_bias, choices))
+        rows, size = choices + config.num_shared_sinks, config.projection_size
+        self.mlp = None if size is None else ProjectionMLP(hidden_size, size, config.projection_state, device, dtype)
+        self.weight = nn.Parameter(torch.empty(rows, size or hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", parameter(config.projection_bias, rows))
         self.register_parameter("input_scale", parameter(config.input_norm, hidden_size))
-        self.register_parameter("noise_weight", parameter(config.noisy, choices, hidden_size))
+        self.register_parameter("noise_weight", parameter(config.noisy, rows, hidden_size))
         self.register_parameter("per_expert_scale", parameter(config.per_expert_scale, choices))
+        self.register_parameter("global_scale", parameter(config.global_scale, 1))
         bias = torch.empty(choices, device=device, dtype=torch.float32) if config.expert_bias else None
         self.register_buffer("expert_bias", bias)
-        rows = config.vocab_size
-        table = torch.empty(rows, top_k, device=device, dtype=torch.int32) if rows is not None else None
+        vocabulary = config.vocab_size
+        table = None if vocabulary is None else torch.empty(vocabulary, top_k, device=device, dtype=torch.int32)
         self.register_buffer("hash_table", table)
         self.reset_parameters()
 
@@ -126,10 +156,12 @@ class TopKRouter(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weight anew, uniform in ±1/sqrt(hidden_size); biases and noise start at 0, scales at 1."""
-        uniform_by_fan_in_(self.weight, self.hidden_size)
+        uniform_by_fan_in_(self.weight, self.weight.shape[1])
+        if self.mlp is not None:
+            self.mlp.reset_parameters()
         for tensor, value in (
             (self.bias, 0.0), (self.noise_weight, 0.0), (self.expert_bias, 0.0), (self.input_scale, 1.0),
-            (self.per_expert_scale, 1.0),
+            (self.per_expert_scale, 1.0), (self.global_scale, 1.0),
         ):  # fmt: skip
             if tensor is not None:
                 tensor.fill_(value)
@@ -138,8 +170,13 @@ class TopKRouter(nn.Module):
             self.hash_table.copy_(selection.hash_table(rows, self.config.num_choices, self.top_k))
 
     def forward(
-        self, hidden_states: Tensor, *, token_ids: Tensor | None = None, route_override: Tensor | None = None
-    ) -> RouterOutput:
+        self,
+        hidden_states: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        route_override: Tensor | None = None,
+        router_state: Tensor | None = None,
+    ) -> RouterOutput | ExtendedRouterOutput:
         """Score, choose, weigh.
 
         Parameters
@@ -150,28 +187,68 @@ class TopKRouter(nn.Module):
             What ``selection="hash"`` looks up.
         route_override : Tensor of shape (num_tokens, top_k), dtype=int32, default=None
             Take these experts, weighed by this router's logits: the replay of another run's choice.
+        router_state : Tensor of shape (num_tokens, projection_size), default=None
+            With ``projection_state``: what the router of the layer before returned; None for the first layer.
 
         Returns
         -------
-        RouterOutput
+        RouterOutput, or ExtendedRouterOutput with ``num_shared_sinks`` or ``projection_state``
             Logits, weights and ids.
         """
-        router_logits = self.project(hidden_states)
+        config = self.config
+        router_logits, state = self._project(hidden_states, router_state)
+        sink_logits = router_logits[:, config.num_choices :]
+        router_logits = router_logits[:, : config.num_choices]
         ids = self._choose(router_logits, token_ids) if route_override is None else route_override
-        topk_weights, topk_ids = ops.route(
+        topk_weights, topk_ids = self._weigh(router_logits, ids)
+        if self.per_expert_scale is not None:
+            topk_weights = topk_weights * self.per_expert_scale.to(topk_weights.dtype)[topk_ids.clamp(min=0).long()]
+        shared_weights = None
+        if config.num_shared_sinks:
+            # The weights are the scores yet: their sum takes in those of the shared experts.
+            scores = torch.cat([topk_weights, self.scores(sink_logits)], dim=-1)
+            divisor, eps = scores.sum(dim=-1, keepdim=True), config.renormalize_eps
+            scores = scores / (divisor + eps if config.renormalize_eps_mode == "add" else divisor.clamp(min=eps))
+            scores = scores * config.routed_scaling_factor
+            topk_weights, shared_weights = scores[:, : topk_ids.shape[-1]], scores[:, topk_ids.shape[-1] :]
+        if self.global_scale is not None:
+            scale = self.global_scale.to(topk_weights.dtype)
+            topk_weights = topk_weights * scale
+            shared_weights = None if shared_weights is None else shared_weights * scale
+        if config.num_shared_sinks or config.projection_state:
+            return ExtendedRouterOutput(router_logits, topk_weights, topk_ids, shared_weights, state)
+        return RouterOutput(router_logits, topk_weights, topk_ids)
+
+    def _weigh(self, router_logits: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return weights and ids; ``ids`` where they are given."""
+        config = self.config
+        if config.selection == "sparsemixer":
+            weights, ids = sparsemixer(
+                router_logits,
+                self.top_k,
+                config.sparsemixer_tolerance,
+                training=self.training,
+                expert_bias=self.expert_bias,
+                ids=ids,
+            )
+            return weights, ids.int()
+        options = {name: getattr(config, name) for name in _ROUTE_OPTIONS}
+        if config.num_shared_sinks:
+            options |= {"renormalize": False, "routed_scaling_factor": 1.0}
+        return ops.route(
             router_logits,
             self.top_k if ids is None else ids.shape[-1],
             None if self.expert_bias is None else self.expert_bias.to(router_logits.dtype),
             ids,
-            **{name: getattr(self.config, name) for name in _ROUTE_OPTIONS},
+            **options,
         )
-        if self.per_expert_scale is not None:
-            topk_weights = topk_weights * self.per_expert_scale.to(topk_weights.dtype)[topk_ids.clamp(min=0).long()]
-        return RouterOutput(router_logits, topk_weights, topk_ids)
 
-    def project(self, hidden_states: Tensor) -> Tensor:
-        """Return the logits (num_tokens, num_experts) in fp32, with jitter and noise in training."""
-        config = self.config
+    def project(self, hidden_states: Tensor, router_state: Tensor | None = None) -> Tensor:
+        """Return the logits (num_tokens, num_experts + num_shared_sinks) in fp32, with jitter and noise in training."""
+        return self._project(hidden_states, router_state)[0]
+
+    def _project(self, hidden_states: Tensor, router_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        config, state = self.config, None
         dtype = torch.promote_types(torch.promote_types(hidden_states.dtype, self.weight.dtype), torch.float32)
         x = hidden_states.to(dtype)
         with without_autocast(hidden_states.device.type):
@@ -182,12 +259,15 @@ class TopKRouter(nn.Module):
                 x = x * torch.empty_like(x).uniform_(1 - config.input_jitter, 1 + config.input_jitter)
             at = hidden_states.dtype if config.projection_dtype == "input" else dtype
             bias = None if self.bias is None else self.bias.to(at)
-            logits = functional.linear(x.to(at), self.weight.to(at), bias).to(dtype)
+            features = x.to(at)
+            if self.mlp is not None:
+                features, state = self.mlp(features, router_state)
+            logits = functional.linear(features, self.weight.to(at), bias).to(dtype)
             if self.training and self.noise_weight is not None:
                 size = functional.softplus(functional.linear(x, self.noise_weight.to(dtype)))
                 logits = logits + torch.randn_like(logits) * size
         cap = config.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return (logits if cap is None else cap * torch.tanh(logits / cap)), state
 
     def scores(self, router_logits: Tensor) -> Tensor:
         """Return the score of every expert (num_tokens, num_experts), as the losses and the inspection want it."""
@@ -203,7 +283,7 @@ class TopKRouter(nn.Module):
             return config.capacity
         return math.ceil(factor * num_tokens * self.top_k / self.num_experts)
 
-    def plan(self, routed: RouterOutput, tokens_per_sequence: int) -> ops.Plan:
+    def plan(self, routed: RouterOutput | ExtendedRouterOutput, tokens_per_sequence: int) -> ops.Plan:
         """Plan the rows, after dropping what has no room: ``routed`` itself keeps what was chosen."""
         config, ids = self.config, routed.topk_ids
         if config.selection == "expert_choice":
@@ -215,26 +295,45 @@ class TopKRouter(nn.Module):
         capacity = self.capacity(tokens_per_sequence if by_sequence else ids.shape[0])
         if capacity is None or not (by_sequence or gshard or config.drop_policy == "probability"):
             return ops.plan(ids, self.num_experts, capacity)
+        by_weight = config.drop_policy == "probability"
+        priorities = routed.topk_weights
+        if gshard and by_weight:  # of the token, whatever it chose
+            priorities = self.scores(routed.router_logits).amax(dim=1, keepdim=True).expand_as(ids)
         ids = selection.ids_within_capacity(
             ids,
-            routed.topk_weights,
+            priorities,
             self.num_experts,
             capacity,
             tokens_per_sequence=tokens_per_sequence if by_sequence else None,
-            by_weight=config.drop_policy == "probability",
+            by_weight=by_weight,
             first_choices_first=gshard,
         )
         return ops.plan(ids, self.num_experts)
+
+    def weights_of_kept(self, routed: RouterOutput | ExtendedRouterOutput, plan: ops.Plan) -> Tensor:
+        """Return the weights (num_tokens, top_k) that the experts are given, after slots were dropped."""
+        config, weights = self.config, routed.topk_weights
+        if config.renormalize_before_drop:
+            return weights
+        # Both are proportional to the scores. Where no slot is left, every weight is 0.
+        kept = weights.where(plan.slot_to_row >= 0, 0)
+        smallest = torch.finfo(kept.dtype).tiny
+        return kept / kept.sum(dim=-1, keepdim=True).clamp(min=smallest) * config.routed_scaling_factor
 
     def _choose(self, router_logits: Tensor, token_ids: Tensor | None) -> Tensor | None:
         """Return the ids, or None where the kernel chooses them by itself."""
         config = self.config
         if config.force_balanced:
             return selection.balanced_ids(router_logits.shape[0], self.top_k, self.num_experts, router_logits.device)
+        if config.force_biased > 0:
+            size = (router_logits.shape[0], self.top_k, self.num_experts)
+            return selection.zipf_ids(*size, config.force_biased, router_logits.device)
         if self.hash_table is not None:
             require("TopKRouter", token_ids is not None, 'selection="hash" needs token_ids, got None')
             assert token_ids is not None
             return self.hash_table[token_ids.reshape(-1).long()]
+        if config.second_expert_policy == "sampling" and self.training:
+            return selection.sampled_second_ids(router_logits)
         if config.selection == "sinkhorn" and self.training:
             return selection.sinkhorn_ids(router_logits, self.top_k, config.sinkhorn_iterations)
         if config.selection == "expert_choice":

@@ -15,6 +15,20 @@ def balanced_ids(num_tokens: int, top_k: int, num_experts: int, device: torch.de
     return (slots % num_experts).view(num_tokens, top_k)
 
 
+def zipf_ids(num_tokens: int, top_k: int, num_experts: int, exponent: float, device: torch.device) -> Tensor:
+    """Return ids [T, K], distinct within a token, of which expert i has a share of about ``(i + 1) ** -exponent``.
+
+    Always the same: the K best of the logarithm of the shares plus Gumbel noise, made of the slots' numbers.
+    """
+    mask = 2**32 - 1
+    number = torch.arange(1, num_tokens * num_experts + 1, device=device) * 0x9E3779B1 & mask
+    for factor in (0x85EBCA77, 0xC2B2AE3D):  # a hash of 32 bits
+        number = (number ^ (number >> 15)) * factor & mask
+    uniform = (((number ^ (number >> 16)).double() + 0.5) / 2**32).view(num_tokens, num_experts)
+    shares = -exponent * torch.arange(1, num_experts + 1, device=device, dtype=torch.float64).log()
+    return (shares - (-uniform.log()).log()).topk(top_k, dim=-1).indices.int()
+
+
 def sinkhorn_ids(router_logits: Tensor, top_k: int, iterations: int) -> Tensor:
     """Return the top-k ids [T, K] of exp(logits), alternately normalised to equal rows and to equal columns.
 
@@ -40,6 +54,15 @@ def expert_choice_ids(scores: Tensor, tokens_per_expert: int) -> Tensor:
     experts = torch.arange(num_experts, device=scores.device).where(chosen, num_experts)
     ids = experts.sort(dim=1).values[:, : max(most, 1)]
     return ids.where(ids < num_experts, -1).int()
+
+
+def sampled_second_ids(router_logits: Tensor) -> Tensor:
+    """Take the best expert, and draw the second of the others by its probability (NLLB-MoE)."""
+    logits = router_logits.detach()
+    first = logits.argmax(dim=-1, keepdim=True)
+    gumbel = torch.empty_like(logits).exponential_().log()
+    second = (logits - gumbel).scatter(-1, first, -torch.inf).argmax(dim=-1, keepdim=True)
+    return torch.cat([first, second], dim=-1).int()
 
 
 def random_second_ids(topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -74,7 +97,7 @@ def ids_within_capacity(
     by_weight : bool, default=False
         The slots of most weight come first, else the earlier ones.
     first_choices_first : bool, default=False
-        Where earlier ones do: the first choices of all tokens come before any second choice.
+        The first choices of all tokens come before any second choice.
     """
     num_tokens, top_k = topk_ids.shape
     ids = topk_ids.flatten().long()
@@ -84,10 +107,9 @@ def ids_within_capacity(
     queue = torch.where(limited, sequence * num_experts + ids, -1)  # whose capacity a slot takes
 
     # Slots by priority, then stably by queue: a slot's rank is its distance from the first of its queue.
-    if by_weight:
-        order = topk_weights.detach().flatten().argsort(descending=True, stable=True)
-    else:
-        order = (slots % top_k).argsort(stable=True) if first_choices_first else slots
+    order = topk_weights.detach().flatten().argsort(descending=True, stable=True) if by_weight else slots
+    if first_choices_first:
+        order = order[(order % top_k).argsort(stable=True)]
     order = order[queue[order].argsort(stable=True)]
     in_order = queue[order].contiguous()
     rank = torch.arange(ids.numel(), device=ids.device) - torch.searchsorted(in_order, in_order)

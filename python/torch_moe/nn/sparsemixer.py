@@ -34,6 +34,7 @@ def sparsemixer(
     *,
     training: bool,
     expert_bias: Tensor | None = None,
+    ids: Tensor | None = None,
     uniform: Callable[[Tensor], Tensor] = torch.rand_like,
 ) -> tuple[Tensor, Tensor]:
     r"""Choose experts one after the other, each among those whose logits come near the best that is left.
@@ -55,6 +56,8 @@ def sparsemixer(
         Draw.
     expert_bias : Tensor of shape (num_experts,), default=None
         Added to the logits for who is near and who is chosen; the weights are the softmax of the logits without it.
+    ids : Tensor of shape (num_tokens, top_k), default=None
+        Take these experts, one after the other; the weight of one that is not near is 0, as that of an id of no expert.
     uniform : callable, default=torch.rand_like
         Draws numbers in [0, 1) of the shape of its argument, once per expert of a token.
 
@@ -66,9 +69,9 @@ def sparsemixer(
     candidates = router_logits.detach()
     if expert_bias is not None:
         candidates = candidates + expert_bias.to(candidates.dtype)
-    weights, ids = [], []
+    weights, choices = [], []
     taken = torch.zeros_like(candidates, dtype=torch.bool)
-    for _ in range(top_k):
+    for place in range(top_k):
         left = candidates.masked_fill(taken, -torch.inf)
         best, chosen = left.max(dim=-1, keepdim=True)
         far = (best - left) / candidates.abs().clamp(min=best) > 2 * tolerance
@@ -78,12 +81,18 @@ def sparsemixer(
             likeliest = near.argmax(dim=-1, keepdim=True)
             gumbel = torch.empty_like(near, memory_format=torch.contiguous_format).exponential_().log()
             chosen = (near - gumbel).argmax(dim=-1, keepdim=True)
+        if ids is not None:
+            given = ids[:, place : place + 1].long()
+            known = (given >= 0) & (given < candidates.shape[-1])
+            chosen = given.where(known, 0)
+            probabilities = probabilities * known
+        if training:
             whole = (chosen == likeliest) | (uniform(best) > _SHRUNK)
             share = torch.add(0.3333, whole, alpha=0.6667).to(probabilities.dtype)
             drawn: Tensor = _Drawn.apply(router_logits, probabilities.detach(), chosen, share)  # type: ignore[no-untyped-call]
             weights.append(drawn)
         else:
             weights.append(probabilities.gather(-1, chosen))
-        ids.append(chosen)
+        choices.append(chosen)
         taken = taken.scatter(-1, chosen, True)
-    return torch.cat(weights, dim=-1), torch.cat(ids, dim=-1)
+    return torch.cat(weights, dim=-1), torch.cat(choices, dim=-1) if ids is None else ids
