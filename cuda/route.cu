@@ -1,236 +1,22 @@
-// route. Up to 512 experts and 32 choices a warp has a token, with its logits in registers; beyond that, and for fp64,
-// a block has one, with sort keys in shared memory. Both take the best expert top_k times.
-//
-// A sort key orders like the value it is made of, and is never 0: 0 marks what may not be chosen (any more). Of equal
-// keys the lower id wins.
-#include "route.cuh"
-
+// route, by one of three kernels: many tokens per warp (route_lanes.cuh) where few of up to 512 experts are chosen
+// without groups; else, to 512 experts and 32 choices, a warp has a token; beyond that, and for fp64, a block has one,
+// with sort keys in shared memory.
 #include <algorithm>
 #include <bit>
+
+#include "route_lanes.cuh"
 
 namespace moe::cuda {
 namespace {
 
-template <typename Real>
-using Key = std::conditional_t<sizeof(Real) == 8, uint64_t, uint32_t>;
-
-template <typename Real>
-__device__ __forceinline__ Key<Real> key_of(Real value) {
-  constexpr Key<Real> kSign = Key<Real>{1} << (8 * sizeof(Real) - 1);
-  value = value == value ? value + Real{0} : kNone<Real>;  // NaN counts as -infinity, and -0 + 0 is 0
-  Key<Real> bits;
-  memcpy(&bits, &value, sizeof(bits));
-  return bits & kSign ? ~bits : bits | kSign;
-}
-template <typename Real>
-__device__ __forceinline__ Real value_of(Key<Real> key) {
-  constexpr Key<Real> kSign = Key<Real>{1} << (8 * sizeof(Real) - 1);
-  const Key<Real> bits = key & kSign ? key & ~kSign : ~key;
-  Real value;
-  memcpy(&value, &bits, sizeof(bits));
-  return value;
-}
-
-template <typename T>
-struct RouteTask {
-  using Real = Wide<T>;
-  Real* topk_weights;
-  int32_t* topk_ids;
-  const T* logits;
-  const Real* bias;
-  const int32_t* route_override;
-  int32_t* non_finite;  // null: not checked
-  int64_t num_tokens;
-  int num_experts, top_k;
-  bool whole_lanes;    // a lane's logits are aligned, and all or none of them exist
-  Key<Real>* scratch;  // [blocks, E + groups] where shared memory does not hold them, or null
-  RouteRule<Real> rule;
-
-  // The choice is by scores, else by logits.
-  __device__ __forceinline__ bool by_score() const { return rule.scores_first && (bias || rule.num_groups > 1); }
-  __device__ __forceinline__ void check_finite(bool finite) const {
-    if (non_finite && !finite) atomicMax(non_finite, 1);
-  }
-};
-
-template <typename Real>
-__device__ __forceinline__ bool is_finite(Real z) {
-  return fabs(z) < -kNone<Real>;
-}
-
 __global__ void clear_kernel(int32_t* flag) { *flag = 0; }
 
-// The two largest of what was added.
-template <typename Real>
-struct Top2 {
-  Real first = kNone<Real>, second = kNone<Real>;
-
-  __device__ __forceinline__ void add(Real x) { merge(x, kNone<Real>); }
-  __device__ __forceinline__ void merge(Real other, Real runner_up) {
-    second = other > first ? larger(first, runner_up) : larger(second, other);
-    first = larger(first, other);
-  }
-  // Of a group; infinity - infinity is no score.
-  __device__ __forceinline__ Real score(GroupScore kind, int size) const {
-    if (kind == GroupScore::kMax || size == 1) return first;
-    const Real sum = first + second;
-    return sum == sum ? sum : kNone<Real>;
-  }
-};
-
-// Stores the choices and their weights. By one warp.
-template <typename T, typename Ids>
-__device__ __forceinline__ void store_selection(const RouteTask<T>& task, int64_t token, const Ids& ids,
-                                                Softmax<Wide<T>> softmax) {
-  const T* logits = task.logits + token * task.num_experts;
-  const Selection<T, Ids> selection(task.rule, logits, task.num_experts, task.top_k, ids, softmax);
-  const auto divisor = selection.norm().divisor;
-  selection.for_each([&](int j) {
-    task.topk_weights[token * task.top_k + j] =
-        selection.valid(j) ? selection.weight(j) / divisor * task.rule.scale : Wide<T>{0};
-  });
-}
-
-constexpr int kWarpsPerBlock = 8, kMostChoices = 32;
-
-// The logits of experts lane * kItems + i; -infinity past the last.
-template <int kItems, typename T>
-__device__ __forceinline__ void load_logits(const RouteTask<T>& task, int64_t token, int lane, float (&z)[kItems]) {
-  constexpr int kBytes = kItems * static_cast<int>(sizeof(T));
-  using Word =
-      std::conditional_t<kBytes >= 16, uint4,
-                         std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
-  constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
-  const T* logits = task.logits + token * task.num_experts;
-  const int first = lane * kItems;
-  if (task.whole_lanes) {
-    if (first < task.num_experts) {
-      Word words[kWords];
-      T parts[kItems];
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) words[i] = __ldg(reinterpret_cast<const Word*>(logits + first) + i);
-      memcpy(parts, words, sizeof(parts));
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) z[i] = widen(parts[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) z[i] = kNone<float>;
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) z[i] = first + i < task.num_experts ? widen(logits[first + i]) : kNone<float>;
-}
-
-// Lanes that share a group, or 0 when a group's experts are not the whole of 1, 2, 4, .. lanes.
-__host__ __device__ inline int lanes_of_group(int num_experts, int num_groups, int items) {
-  const int size = num_experts / num_groups, lanes = size / items;
-  return size % items == 0 && (lanes & (lanes - 1)) == 0 ? lanes : 0;
-}
-
-template <typename T, int kItems>
-__device__ __forceinline__ void drop_groups(const RouteTask<T>& task, int lane, const float (&c)[kItems],
-                                            uint32_t (&keys)[kItems]) {
-  const int num_groups = task.rule.num_groups;
-  const int lanes = lanes_of_group(task.num_experts, num_groups, kItems), group = lane / lanes;
-  Top2<float> best;
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) best.add(c[i]);
-  for (int step = 1; step < lanes; step *= 2) {
-    const float first = __shfl_xor_sync(~0u, best.first, step), second = __shfl_xor_sync(~0u, best.second, step);
-    best.merge(first, second);
-  }
-  const float mine = best.score(task.rule.group_score, task.num_experts / num_groups);
-  int ahead = 0;  // groups that are better
-  for (int g = 0; g < num_groups; ++g) {
-    const float other = __shfl_sync(~0u, mine, g * lanes);
-    ahead += other > mine || (other == mine && g < group);
-  }
-  if (ahead < task.rule.topk_groups || group >= num_groups) return;
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) keys[i] = task.rule.group_mask == GroupMask::kZero ? key_of(0.0f) : 0;
-}
-
-// The lane's choice, for lane < top_k. Expert ids ascend with the lanes and within a lane, so the first of equal keys
-// has the lowest id, and a key needs no id in it.
-template <int kItems>
-__device__ __forceinline__ int32_t choose(uint32_t (&keys)[kItems], int top_k, int lane) {
-  uint32_t best = 0;
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) best = keys[i] > best ? keys[i] : best;
-  int32_t mine = -1;
-  for (int j = 0; j < top_k; ++j) {
-    const uint32_t largest = __reduce_max_sync(~0u, best);
-    const int winner = __ffs(__ballot_sync(~0u, best == largest)) - 1;
-    int32_t id = 0;
-    if (lane == winner) {
-      bool found = false;
-      best = 0;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (!found && keys[i] == largest) {
-          found = true;
-          id = lane * kItems + i;
-          keys[i] = 0;
-        }
-        best = keys[i] > best ? keys[i] : best;
-      }
-    }
-    id = __shfl_sync(~0u, id, winner);
-    if (lane == j) mine = id;
-  }
-  return mine;
-}
+constexpr int kWarpsPerBlock = 8;
 
 template <typename T, int kItems>
 __global__ void __launch_bounds__(32 * kWarpsPerBlock) route_warp_kernel(RouteTask<T> task) {
-  const int lane = threadIdx.x % 32;
   const int64_t token = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / 32;
-  if (token >= task.num_tokens) return;
-  float z[kItems];
-  load_logits(task, token, lane, z);
-  if (task.non_finite) {
-    bool finite = true;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) finite &= lane * kItems + i >= task.num_experts || is_finite(z[i]);
-    task.check_finite(finite);
-  }
-
-  // 1. What scores of all experts need.
-  Softmax<float> softmax;
-  if (task.rule.over_all()) {
-    float largest = kNone<float>, sum = 0;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) largest = larger(largest, z[i]);
-    softmax.largest = warp_max(largest);
-    // NOTE: padding must not be added: exp(-infinity - -infinity) is NaN in a row of -infinity anyway, but one expert
-    // at +infinity leaves NaN to itself.
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) sum += lane * kItems + i < task.num_experts ? softmax.exponent(z[i]) : 0;
-    softmax.scale = 1 / warp_sum(sum);
-  }
-
-  // 2. The best.
-  int32_t mine = -1;
-  if (task.route_override) {
-    if (lane < task.top_k) mine = task.route_override[token * task.top_k + lane];
-  } else {
-    uint32_t keys[kItems];
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int e = lane * kItems + i;
-      if (task.by_score()) z[i] = score(task.rule, softmax, z[i]);
-      if (task.bias && e < task.num_experts) z[i] += task.bias[e];
-      z[i] = z[i] == z[i] ? z[i] : kNone<float>;
-      keys[i] = e < task.num_experts ? key_of(z[i]) : 0;
-    }
-    if (task.rule.num_groups > 1) drop_groups(task, lane, z, keys);
-    mine = choose(keys, task.top_k, lane);
-  }
-  if (lane < task.top_k) task.topk_ids[token * task.top_k + lane] = mine;
-
-  // 3. Their weights.
-  store_selection(task, token, [mine](int) { return mine; }, softmax);
+  if (token < task.num_tokens) route_token<T, kItems>(task, token);
 }
 
 constexpr int kThreads = 256;
@@ -357,10 +143,48 @@ __global__ void __launch_bounds__(kThreads, 2) route_block_kernel(RouteTask<T> t
   }
 }
 
+template <typename T, int kQuads, int kLanes, bool kPlain>
+__global__ void __launch_bounds__(32 * kLaneWarps, kPlain ? 8 : 4) route_lanes_kernel(RouteTask<T> task) {
+  const int64_t first = (int64_t{blockIdx.x} * kLaneWarps + threadIdx.x / 32) * (32 / kLanes);
+  if (first < task.num_tokens) route_tokens<T, kQuads, kLanes, kPlain>(task, first);
+}
+
+// Sets what route_token<T, kItems> is told.
+template <typename T, int kItems>
+void set_whole_lanes(RouteTask<T>* task) {
+  constexpr int64_t kLaneBytes = kItems * sizeof(T) < 16 ? kItems * sizeof(T) : 16;
+  task->whole_lanes = task->num_experts % kItems == 0 && reinterpret_cast<uintptr_t>(task->logits) % kLaneBytes == 0;
+}
+
+template <typename T, int kQuads, int kLanes, bool kPlain>
+Status launch_lanes(RouteTask<T> task, const CudaContext& cuda) {
+  set_whole_lanes<T, kWarpItems<kQuads, kLanes>>(&task);
+  constexpr int64_t kTokens = kLaneWarps * 32 / kLanes;
+  LAUNCH((route_lanes_kernel<T, kQuads, kLanes, kPlain>),
+         dim3(static_cast<unsigned>(ceil_div(task.num_tokens, kTokens))), dim3(32 * kLaneWarps), 0, stream(cuda), task);
+  return launched("route", cuda);
+}
+
+template <typename T, bool kPlain>
+Status launch_lanes_of_quads(const RouteTask<T>& task, const CudaContext& cuda) {
+  if (task.num_experts <= 128) return launch_lanes<T, 8, 4, kPlain>(task, cuda);
+  if (task.num_experts <= 256) return launch_lanes<T, 8, 8, kPlain>(task, cuda);
+  return launch_lanes<T, 8, 16, kPlain>(task, cuda);
+}
+
+template <typename T>
+bool lanes_serve(const RouteTask<T>& task) {
+  const bool aligned = reinterpret_cast<uintptr_t>(task.logits) % (kQuad * sizeof(T)) == 0 &&
+                       reinterpret_cast<uintptr_t>(task.bias) % (kQuad * sizeof(float)) == 0;
+  // Its choice by that score would be 32 logarithms and roots in a row.
+  const bool by_root = task.by_score() && task.rule.score_function == ScoreFunction::kSqrtSoftplus;
+  return aligned && !by_root && !task.route_override && task.rule.num_groups == 1 && task.top_k <= kBest &&
+         task.num_experts % kQuad == 0 && task.num_experts <= 512;
+}
+
 template <typename T, int kItems>
 Status launch_warps(RouteTask<T> task, const CudaContext& cuda) {
-  constexpr int64_t kLaneBytes = kItems * sizeof(T) < 16 ? kItems * sizeof(T) : 16;
-  task.whole_lanes = task.num_experts % kItems == 0 && reinterpret_cast<uintptr_t>(task.logits) % kLaneBytes == 0;
+  set_whole_lanes<T, kItems>(&task);
   LAUNCH((route_warp_kernel<T, kItems>), dim3(static_cast<unsigned>(ceil_div(task.num_tokens, kWarpsPerBlock))),
          dim3(32 * kWarpsPerBlock), 0, stream(cuda), task);
   return launched("route", cuda);
@@ -410,6 +234,13 @@ Status route_cuda(const RouteArgs& args, const CudaContext& cuda) {
                             nullptr,
                             RouteRule<Real>(args.options)};
     if constexpr (sizeof(T) <= 4) {
+      if constexpr (!std::is_same_v<T, __half>) {  // rare as logits, and so many kernels to compile
+        if (lanes_serve(task)) {
+          if (task.num_experts <= 64) return launch_lanes<T, 2, 8, false>(task, cuda);
+          return task.by_score() || task.bias ? launch_lanes_of_quads<T, false>(task, cuda)
+                                              : launch_lanes_of_quads<T, true>(task, cuda);
+        }
+      }
       const int items = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(ceil_div(args.num_experts, 32))));
       const bool groups_fit = args.route_override || args.options.num_groups == 1 ||
                               lanes_of_group(task.num_experts, task.rule.num_groups, items) > 0;

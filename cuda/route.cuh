@@ -34,6 +34,17 @@ struct RouteRule {
         scale(static_cast<Real>(o.routed_scaling_factor)) {}
 
   __device__ __forceinline__ bool is_softmax() const { return score_function == ScoreFunction::kSoftmax; }
+  // Renormalisation divides by `divisor`: the length (sum w^p)^(1/p) with eps.
+  struct Norm {
+    Real length, divisor;
+    bool clamped;  // eps is the larger: the divisor does not depend on the weights
+  };
+  __device__ __forceinline__ Real power(Real w) const { return p == 1 ? w : pow(w, p); }
+  __device__ __forceinline__ Norm norm(Real sum_of_powers) const {
+    const Real length = p == 1 ? sum_of_powers : pow(sum_of_powers, 1 / p);
+    if (eps_mode == EpsMode::kAdd) return {length, length + eps, false};
+    return {length, length < eps ? eps : length, length < eps};
+  }
   // A score depends on the logits of all experts.
   __device__ __forceinline__ bool over_all() const { return scores_first && is_softmax(); }
 };
@@ -107,19 +118,11 @@ class Selection {
   // Before renormalisation; 0 for an id out of range. Only the first 32 are kept.
   __device__ __forceinline__ Real weight(int j) const { return j < 32 ? first_ : compute_weight(j); }
 
-  // Renormalisation divides by `divisor`: the length (sum w^p)^(1/p) with eps.
-  struct Norm {
-    Real length, divisor;
-    bool clamped;  // eps is the larger: the divisor does not depend on the weights
-  };
-  __device__ __forceinline__ Norm norm() const {
+  __device__ __forceinline__ typename RouteRule<Real>::Norm norm() const {
     if (!rule_.renormalize) return {1, 1, true};
     Real sum = 0;
-    for_each([&](int j) { sum += rule_.p == 1 ? weight(j) : pow(weight(j), rule_.p); });
-    sum = warp_sum(sum);
-    const Real length = rule_.p == 1 ? sum : pow(sum, 1 / rule_.p), eps = rule_.eps;
-    if (rule_.eps_mode == EpsMode::kAdd) return {length, length + eps, false};
-    return {length, length < eps ? eps : length, length < eps};
+    for_each([&](int j) { sum += rule_.power(weight(j)); });
+    return rule_.norm(warp_sum(sum));
   }
 
  private:

@@ -13,6 +13,7 @@
 #include "ptx/bulk_copy.cuh"
 #include "ptx/control.cuh"
 #include "ptx/launch.cuh"
+#include "ptx/math.cuh"
 #include "ptx/matrix.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/memory.cuh"

@@ -1,5 +1,6 @@
 // Every instruction of cuda/ptx against its documented layout or effect, written from the manual's thread-value maps
 // and not from the emulator. Results go through a buffer, so that the same source runs on a GPU.
+#include <cmath>
 #include <cstring>
 
 #include "device.h"
@@ -160,6 +161,8 @@ __global__ void cluster_kernel(int* seen, int blocks) {
 #endif
 }
 
+__global__ void exp2_kernel(float* y, const float* x) { y[threadIdx.x] = ptx::exp2_approx(x[threadIdx.x]); }
+
 bool has_sm90() {
   int major = 0;
   test::cuda_ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
@@ -182,6 +185,22 @@ TEST(mma) {
         CHECK(got[static_cast<size_t>(n * 16 + m)] == sum);
       }
   }
+}
+
+TEST(exp2) {
+  std::vector<float> x;
+  for (int i = 0; i < 60; ++i) x.push_back(-125.9f + 4.1f * static_cast<float>(i));
+  x.insert(x.end(), {-127.5f, -INFINITY, INFINITY, NAN});
+  DeviceArray<float> in(x), out(x.size());
+  LAUNCH(exp2_kernel, 1, dim3(static_cast<unsigned>(x.size())), 0, nullptr, out.data(), in.data());
+  test::cuda_ok(cudaDeviceSynchronize());
+  test::cuda_ok(cudaGetLastError());
+  const auto got = out.host();
+  for (size_t i = 0; i < 60; ++i) {
+    const double expected = std::exp2(static_cast<double>(x[i]));
+    CHECK(std::abs(got[i] - expected) <= 0x1p-22 * expected);
+  }
+  CHECK(got[60] == 0 && got[61] == 0 && got[62] == INFINITY && std::isnan(got[63]));
 }
 
 TEST(ldmatrix_stmatrix) {

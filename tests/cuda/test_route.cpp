@@ -235,6 +235,79 @@ TEST(route_ties_go_to_the_lower_id) {
   }
 }
 
+// Many tokens, so that warps are full, and not; every way to have a few lanes per token.
+TEST(route_of_many_tokens) {
+  for (const auto& [e, k] : {std::pair<int64_t, int64_t>{4, 4},
+                             {8, 2},
+                             {12, 8},
+                             {64, 6},
+                             {72, 8},
+                             {128, 8},
+                             {160, 1},
+                             {256, 8},
+                             {384, 5},
+                             {512, 7}}) {
+    for (const auto function : kScoreFunctions) {
+      for (const auto order : kScoreOrders) {
+        for (const bool biased : {false, true}) {
+          const Context c("E " + std::to_string(e) + " K " + std::to_string(k) + " function " +
+                          std::to_string(static_cast<int>(function)) + (biased ? " biased" : ""));
+          RouteOptions o = kDefault;
+          o.score_function = function, o.score_order = order;
+          check_route(random_case<float>(37, e, k, o, biased));
+          check_route(random_case<BFloat16>(19, e, k, o, biased));
+        }
+      }
+    }
+  }
+}
+
+// Values that differ in their last bits, or not at all, and chosen ones that are -infinity or NaN: no part of a value
+// may be lost on the way to a choice.
+TEST(route_of_values_that_differ_little) {
+  for (const int64_t experts : {12, 64, 128, 256, 512}) {
+    for (const int64_t k : {1, 2, 5, 8}) {
+      for (const int range : {2, 30, 4000}) {
+        const Context c("E " + std::to_string(experts) + " K " + std::to_string(k) + " of " + std::to_string(range));
+        std::vector<float> logits(experts * 40);
+        std::mt19937 engine(11);
+        for (float& z : logits) {
+          const auto bits = static_cast<float>(engine() % static_cast<uint32_t>(range)) * 0x1p-23f;
+          z = engine() % (range == 30 ? 2 : 8) ? -1 - bits : 1 + bits;
+          if (engine() % 64 == 0) z = -std::numeric_limits<float>::infinity();
+        }
+        for (int64_t e = k - 1; e < experts; ++e) logits[e] = -std::numeric_limits<float>::infinity();
+        for (int64_t e = k; e < experts; ++e) logits[experts + e] = std::numeric_limits<float>::quiet_NaN();
+        const RouteCase<float> route{logits, {}, {}, experts, k, kDefault};
+        const auto routed = run_cuda(route);
+        CHECK(routed.ids == run_reference(route, {}).ids);
+        check_weights(route, routed);
+        std::vector<BFloat16> narrower;
+        for (const float z : logits) narrower.push_back(narrow<BFloat16>(z));
+        const RouteCase<BFloat16> rounded{narrower, {}, {}, experts, k, kDefault};
+        CHECK(run_cuda(rounded).ids == run_reference(rounded, {}).ids);
+      }
+    }
+  }
+}
+
+// Eight experts in order, each the best of its four, and a better one behind them that differs in the last bits alone.
+TEST(route_overlooks_none) {
+  for (const int64_t experts : {12, 64, 128, 256, 512}) {
+    for (const int64_t k : {1, 2, 8}) {
+      const Context c("E " + std::to_string(experts) + " K " + std::to_string(k));
+      std::vector<float> logits(experts, -1);
+      const int64_t best = experts - 4;
+      for (int64_t e = 0; e < std::min<int64_t>(best, 32); e += 4)
+        logits[e] = 1 + static_cast<float>(20 - e / 4) * 0x1p-23f;
+      logits[best] = 1 + 25 * 0x1p-23f;
+      const RouteCase<float> route{logits, {}, {}, experts, k, kDefault};
+      const auto routed = run_cuda(route);
+      CHECK(routed.ids == run_reference(route, {}).ids && routed.ids[0] == best);
+    }
+  }
+}
+
 TEST(route_override_is_weighed_and_nothing_else) {
   for (const auto function : kScoreFunctions) {
     for (const auto order : kScoreOrders) {

@@ -49,6 +49,10 @@ using Launch = ::emu::Launch;
 #define EMU_WHERE const ::emu::Where& where = ::emu::Where::current()
 
 // ---- memory.cuh
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0 : y;
+}
 inline uint32_t smem_u32(const void* p, EMU_WHERE) { return emu::smem_address(p, where); }
 template <typename T>
 __attribute__((noinline, no_sanitize("thread"))) T ld_acquire(const T* p) {
