@@ -10,22 +10,25 @@ std::vector<Collective*> free_collectives;
 void complete(NamedBarrier& b) {
   b.result = b.votes;
   b.votes = b.arrived = 0;
+  ++b.phase;
+  b.past = b.meeting.past();
+  b.meeting.clear();
   std::vector<Fiber*> waiting;
   waiting.swap(b.waiting);
   for (Fiber* f : waiting) {
-    if (checks_races) f->clocks.join(b.clocks);
+    f->clock.learn(b.past);
     make_ready(f);
   }
 }
 
 // The `.aligned` rule: all lanes of a warp come to the same barrier instruction.
-void check_aligned(const NamedBarrier& b, const Where& where) {
+void check_aligned(const NamedBarrier& b, bool wait, const Where& where) {
   const Warp* w = current->warp;
   const uint32_t exited =
       w->done & (w->index == static_cast<int>(w->block->warps.size()) - 1 && w->block->num_threads % 32
                      ? ~(~0u << w->block->num_threads % 32)
                      : ~0u);
-  if (exited) fail(where, "aligned barrier after lane %d of the same warp has exited", __builtin_ctz(exited));
+  if (exited && wait) fail(where, "aligned barrier after lane %d of the same warp has exited", __builtin_ctz(exited));
   for (const Fiber* f : b.waiting)
     if (f->warp == w && (f->where.line() != where.line() || f->where.column() != where.column() ||
                          f->where.file_name() != where.file_name()))
@@ -37,19 +40,18 @@ void come(int id, int threads, bool wait, const Where& where, int vote = 0) {
   if (id < 0 || id > 15) fail(where, "barrier %d does not exist", id);
   if (threads > 0 && threads % 32) fail(where, "barrier count %d is not a multiple of 32", threads);
   NamedBarrier& b = block->barriers[id];
-  check_aligned(b, where);
+  check_aligned(b, wait, where);
   if (b.arrived && b.expected != threads)
     fail(where, "barrier %d with %d threads, while %d threads have come to it at %s as one of %d threads", id, threads,
          b.arrived, place(b.where).c_str(), b.expected);
-  if (!b.arrived) b.clocks = {};
   b.expected = threads;
   b.where = where;
   b.votes += vote;
-  release_to(b.clocks);
+  release_to(b.meeting);
   const int needed = threads < 0 ? block->live : threads;
   if (++b.arrived >= needed) {
     complete(b);
-    if (wait) acquire_from(b.clocks);
+    if (wait) current->clock.learn(b.past);
     yield_point();
   } else if (wait) {
     b.waiting.push_back(current);
@@ -80,35 +82,29 @@ int bar_reduce(int kind, int predicate, const Where& where) {
 
 void cluster_arrive(const Where& where) {
   Cluster* c = current->block->cluster;
-  char& arrived = c->arrived[current->id()];
-  if (arrived) fail(where, "a second barrier.cluster.arrive without a wait in between");
+  int& arrived = c->arrived[current->id()];
+  if (arrived >= 0) fail(where, "a second barrier.cluster.arrive without a wait in between");
   NamedBarrier& b = c->barrier;
-  arrived = static_cast<char>(1 + b.expected % 2);  // in which phase
-  if (!b.arrived) b.clocks = {};
-  release_to(b.clocks);
-  if (++b.arrived == c->live) {
-    ++b.expected;  // here the number of completed phases
-    complete(b);
-  }
+  arrived = b.phase;
+  release_to(b.meeting);
+  if (++b.arrived == c->live) complete(b);
   yield_point();
 }
 void cluster_wait(const Where& where) {
   Cluster* c = current->block->cluster;
-  char& arrived = c->arrived[current->id()];
-  if (!arrived) fail(where, "barrier.cluster.wait without an arrive");
+  int& arrived = c->arrived[current->id()];
+  if (arrived < 0) fail(where, "barrier.cluster.wait without an arrive");
   NamedBarrier& b = c->barrier;
-  // Still open: somebody has not come. Others may have come to the next phase already, which cannot end without this
-  // one.
-  if (b.expected % 2 == arrived - 1) {
+  if (b.phase == arrived) {  // somebody has not come
     b.waiting.push_back(current);
     current->wait_format = "(%lld of %lld have come)";
     current->wait_detail[0] = b.arrived;
     current->wait_detail[1] = c->live;
     wait_for("cluster barrier", where);
   } else {
-    acquire_from(b.clocks);
+    current->clock.learn(b.past);
   }
-  arrived = 0;
+  arrived = -1;
 }
 uint32_t cluster_rank() { return current->block->rank; }
 uint32_t cluster_size() { return static_cast<uint32_t>(current->block->cluster->blocks.size()); }

@@ -84,6 +84,7 @@ bool sees_memory_accesses();  // the race build
 void note_atomic(const void* p, size_t bytes);
 void note_acquire(const void* p);  // of global memory, from other blocks
 void note_release(const void* p);
+void note_fence();
 void grid_dependency_wait();
 
 }  // namespace emu

@@ -121,9 +121,6 @@ void create_stack(Fiber& fiber) {
   }
   fiber.stack = free_stacks.back();
   free_stacks.pop_back();
-#if ASAN
-  __asan_unpoison_memory_region(fiber.stack, kStack);
-#endif
   void** sp = reinterpret_cast<void**>(fiber.stack + kStack);
   *--sp = nullptr;  // alignment, and where a return from first_function would go
   *--sp = reinterpret_cast<void*>(first_function);
@@ -131,6 +128,14 @@ void create_stack(Fiber& fiber) {
   fiber.stack_pointer = sp;
 }
 
-void release_stack(Fiber& fiber) { free_stacks.push_back(fiber.stack); }
+// A function that returns leaves no poison behind. The last ones never return, and none does in an abandoned launch.
+void release_stack(Fiber& fiber, [[maybe_unused]] bool abandoned) {
+#if ASAN
+  constexpr size_t kLast = 16 << 10;
+  const size_t bytes = abandoned ? kStack : kLast;
+  __asan_unpoison_memory_region(fiber.stack + kStack - bytes, bytes);
+#endif
+  free_stacks.push_back(fiber.stack);
+}
 
 }  // namespace emu

@@ -121,7 +121,7 @@ inline int __syncthreads_count(int p, EMU_WHERE) { return emu::bar_reduce(0, p, 
 inline int __syncthreads_or(int p, EMU_WHERE) { return emu::bar_reduce(1, p, where); }
 inline int __syncthreads_and(int p, EMU_WHERE) { return emu::bar_reduce(2, p, where); }
 inline void __syncwarp(uint32_t mask = ~0u, EMU_WHERE) { emu::syncwarp(mask, where); }
-inline void __threadfence() { emu::note_release(nullptr), emu::note_acquire(nullptr), emu::yield_point(); }
+inline void __threadfence() { emu::note_fence(), emu::yield_point(); }
 inline void __threadfence_block() { emu::yield_point(); }
 inline void __nanosleep(unsigned) { emu::spin(); }
 template <typename T>

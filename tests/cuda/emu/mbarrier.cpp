@@ -21,20 +21,14 @@ Mbarrier& find(Block* b, uint32_t address, const Where& where) {
 
 // The pseudo thread of the barrier's copies: what they wrote is seen by who waits for this phase.
 void note_copies(Mbarrier& m) {
-  if (!checks_races) return;
-  const Clocks& any = m.block->fibers[0].clocks;
-  if (m.arriving.seen.size() < any.seen.size()) {
-    m.arriving.seen.resize(any.seen.size());
-    m.arriving.fenced.resize(any.seen.size());
-  }
-  m.arriving.seen[m.id] = m.phase + 1;
+  if (checks_races) m.arriving.note(m.id, m.phase + 1);
 }
 
 void arrive(Fiber* by, Mbarrier& m, uint32_t address, const Where& where) {
   if (m.pending == 0) fail(where, "mbarrier 0x%x: more than the %u arrivals of a phase", address, m.expected);
   if (checks_races) {
-    m.arriving.join(by->clocks);
-    ++by->clocks.seen[by->id()];
+    m.arriving.add(by->clock);
+    ++by->clock.time;
     note_copies(m);
   }
   --m.pending;
@@ -47,7 +41,7 @@ void mbar_advance(Mbarrier& m) {
   if (m.pending || m.bytes) return;
   ++m.phase;
   m.pending = m.expected;
-  if (checks_races) m.done = m.arriving;
+  if (checks_races) m.done = m.arriving.past();
   for (Fiber* f : m.waiting) make_ready(f);
   m.waiting.clear();
 }
@@ -106,7 +100,7 @@ bool mbar_try_wait(uint32_t address, uint32_t parity, const Where& where) {
   Mbarrier& m = find(current->block, address, where);
   race_access(current->block, address, 8, false, "mbarrier.try_wait", where);
   if ((m.phase & 1) == parity) return false;
-  acquire_from(m.done);
+  if (checks_races) current->clock.learn(m.done);
   return true;
 }
 
@@ -122,7 +116,7 @@ void mbar_wait(uint32_t address, uint32_t parity, const Where& where) {
     memcpy(current->wait_detail, detail, sizeof detail);
     wait_for("mbarrier wait", where);
   }
-  acquire_from(m.done);
+  if (checks_races) current->clock.learn(m.done);
 }
 
 void fence_proxy_async() {

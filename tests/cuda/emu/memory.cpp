@@ -7,6 +7,7 @@
 #include <sanitizer/asan_interface.h>
 #define RED_ZONE 16
 #else
+#define __asan_poison_memory_region(p, n) (void)0
 #define __asan_unpoison_memory_region(p, n) (void)0
 #define RED_ZONE 0
 #endif
@@ -14,6 +15,35 @@
 namespace emu {
 
 std::map<const char*, Region> regions;
+Region* last_region = nullptr;
+
+namespace {
+std::vector<std::pair<char*, Shadow*>> free_arenas;
+}
+
+void take_arena(Block& b) {
+  if (free_arenas.empty()) {
+    char* arena = static_cast<char*>(aligned_alloc(4096, kArena));
+    __asan_poison_memory_region(arena, kArena);
+    free_arenas.emplace_back(arena, checks_races ? static_cast<Shadow*>(calloc(kSmemSize, sizeof(Shadow))) : nullptr);
+  }
+  std::tie(b.arena, b.shadow) = free_arenas.back();
+  free_arenas.pop_back();
+}
+
+void open_shared(Block& b, size_t begin, size_t bytes) {
+  __asan_unpoison_memory_region(b.arena + begin, bytes);
+  memset(b.arena + begin, 0xff, bytes);  // NaN as float, bf16 and half
+}
+
+void release_arena(Block& b) {
+  const std::pair<size_t, size_t> opened[] = {{0, b.dynamic_size}, {b.static_begin, kSmemSize - b.static_begin}};
+  for (const auto& [begin, bytes] : opened) {
+    __asan_poison_memory_region(b.arena + begin, bytes);
+    if (checks_races) memset(static_cast<void*>(b.shadow + begin), 0, bytes * sizeof(Shadow));
+  }
+  free_arenas.emplace_back(b.arena, b.shadow);
+}
 
 char* dynamic_smem() { return current->block->arena; }
 
@@ -25,7 +55,7 @@ char* static_smem(const void* tag, size_t bytes, size_t align, const Where& wher
     if (b->static_begin < b->dynamic_size + RED_ZONE) fail(where, "static and dynamic shared memory exceed 227 KB");
     if (kSmemSize - b->static_begin > 48 * 1024 + 1024) fail(where, "static shared memory exceeds 48 KB");
     it = b->statics.emplace(tag, static_cast<uint32_t>(b->static_begin)).first;
-    __asan_unpoison_memory_region(b->arena + b->static_begin, bytes);
+    open_shared(*b, b->static_begin, bytes);
     b->static_begin -= RED_ZONE;
   }
   return b->arena + it->second;
@@ -58,10 +88,13 @@ char* smem_pointer(Block* b, uint32_t address, size_t bytes, size_t align, const
 }
 
 Region* find_region(const void* p) {
+  const auto holds = [&](const Region& r) {
+    return static_cast<size_t>(static_cast<const char*>(p) - r.base) < r.bytes;
+  };
+  if (last_region != nullptr && holds(*last_region)) return last_region;
   auto it = regions.upper_bound(static_cast<const char*>(p));
-  if (it == regions.begin()) return nullptr;
-  Region& r = (--it)->second;
-  return static_cast<const char*>(p) < r.base + r.bytes ? &r : nullptr;
+  if (it == regions.begin() || !holds((--it)->second)) return nullptr;
+  return last_region = &it->second;
 }
 
 void expect_written_once(const void* p, size_t bytes) {
@@ -98,6 +131,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
+  emu::last_region = nullptr;
   emu::regions.erase(static_cast<char*>(p));
   free(p);
   return cudaSuccess;

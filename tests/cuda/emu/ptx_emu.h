@@ -62,19 +62,25 @@ __attribute__((noinline, no_sanitize("thread"))) T ld_acquire(const T* p) {
 }
 template <typename T>
 void st_release(T* p, std::type_identity_t<T> v) {
-  emu::note_release(p);
-  emu::atomic(p, [&](T) { return v; });
+  emu::atomic(p, [&](T) {
+    emu::note_release(p);
+    return v;
+  });
 }
 template <typename T>
 void red_release_add(T* p, std::type_identity_t<T> v) {
-  emu::note_release(p);
-  emu::atomic(p, [&](T old) { return static_cast<T>(old + v); });
+  emu::atomic(p, [&](T old) {
+    emu::note_release(p);
+    return static_cast<T>(old + v);
+  });
 }
 template <typename T>
 T atom_acq_rel_add(T* p, std::type_identity_t<T> v) {
-  emu::note_release(p);
-  emu::note_acquire(p);
-  return emu::atomic(p, [&](T old) { return static_cast<T>(old + v); });
+  return emu::atomic(p, [&](T old) {
+    emu::note_acquire(p);
+    emu::note_release(p);
+    return static_cast<T>(old + v);
+  });
 }
 
 // ---- async_copy.cuh

@@ -15,7 +15,7 @@ bool was_bug_reached() { return bug_reached; }
 
 extern "C" {
 // Leaks are not what is looked for, and abandoned launches leak.
-const char* __asan_default_options() { return "detect_leaks=0"; }
+__attribute__((visibility("default"))) const char* __asan_default_options() { return "detect_leaks=0"; }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, enum cudaMemcpyKind) {
   if (bytes) memmove(to, from, bytes);

@@ -6,13 +6,6 @@
 
 #include "emu/state.h"
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#else
-#define __asan_poison_memory_region(p, n) (void)0
-#define __asan_unpoison_memory_region(p, n) (void)0
-#endif
-
 namespace emu {
 
 Settings settings{};
@@ -69,9 +62,8 @@ void start_block(Block* b, size_t smem, dim3 dim) {
   b->num_threads = b->live = static_cast<int>(dim.x * dim.y * dim.z);
   b->dynamic_size = smem;
   b->static_begin = kSmemSize;
-  b->arena = static_cast<char*>(aligned_alloc(4096, kArena));
-  memset(b->arena, 0xff, kSmemSize);  // NaN as float, bf16 and half
-  if (checks_races) b->shadow = static_cast<Shadow*>(calloc(kSmemSize, sizeof(Shadow)));
+  take_arena(*b);
+  open_shared(*b, 0, smem);
   b->fibers.resize(static_cast<size_t>(b->num_threads));
   b->warps.resize((b->fibers.size() + 31) / 32);
   b->wgmma_log.resize((b->fibers.size() + 127) / 128);
@@ -94,7 +86,6 @@ void start_block(Block* b, size_t smem, dim3 dim) {
     f.index = make_uint3(u % dim.x, u / dim.x % dim.y, u / dim.x / dim.y);
     create_stack(f);
   }
-  __asan_poison_memory_region(b->arena + smem, kArena - smem);
 }
 
 void start_cluster(size_t first, const Launch& l) {
@@ -111,9 +102,10 @@ void start_cluster(size_t first, const Launch& l) {
     c->blocks.push_back(std::move(b));
   }
   c->live = c->num_threads;
-  c->arrived.assign(static_cast<size_t>(c->num_threads), 0);
+  c->arrived.assign(static_cast<size_t>(c->num_threads), -1);
+  c->number = static_cast<uint32_t>(first / l.cluster);
+  clocks_init(*c);
   for (auto& b : c->blocks) {
-    for (Fiber& f : b->fibers) clocks_init(f);
     for (Warp& w : b->warps) make_ready(&w, ~w.done);
   }
   resident.push_back(std::move(c));
@@ -122,10 +114,8 @@ void start_cluster(size_t first, const Launch& l) {
 void end_cluster(Cluster* c) {
   for (auto& b : c->blocks) {
     if (!launch_failed) finish_block(b.get());
-    for (Fiber& f : b->fibers) release_stack(f);
-    __asan_unpoison_memory_region(b->arena, kArena);
-    free(b->arena);
-    free(b->shadow);
+    for (Fiber& f : b->fibers) release_stack(f, launch_failed);
+    release_arena(*b);
   }
 }
 

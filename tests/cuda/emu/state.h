@@ -5,6 +5,7 @@
 #include <memory>
 #include <unordered_map>
 
+#include "emu/clocks.h"
 #include "emu/emu.h"
 
 namespace emu {
@@ -12,14 +13,6 @@ namespace emu {
 struct Block;
 struct Cluster;
 struct Warp;
-
-// Vector clocks of the race checker, over the threads of a cluster and one pseudo thread per mbarrier (its TMA
-// copies). seen[t]: what thread t did up to that time happens before now. fenced[t]: and a fence.proxy.async lies in
-// between, so that TMA and wgmma may touch it.
-struct Clocks {
-  std::vector<uint32_t> seen, fenced;
-  void join(const Clocks& other);
-};
 
 struct Copy {  // a cp.async in flight
   uint32_t dst;
@@ -52,8 +45,11 @@ struct Fiber {
   };
   std::vector<BulkRead> bulk_reads;
   bool waited_for_previous_grid = false;
-  Clocks clocks;
-  uint32_t id() const;  // its index in Clocks
+  // race checker
+  Clock clock;
+  Clock fence;                                             // as of the last __threadfence()
+  std::vector<std::pair<uint32_t, PastPointer>> unfenced;  // what atomics read since then
+  uint32_t id() const;                                     // its index in a Past
 };
 
 struct Collective {
@@ -82,8 +78,9 @@ struct Warp {
 };
 
 struct NamedBarrier {
-  int expected = 0, arrived = 0, votes = 0, result = 0;
-  Clocks clocks;
+  int expected = 0, arrived = 0, votes = 0, result = 0, phase = 0;
+  Meeting meeting;
+  PastPointer past;  // of the phase that ended last
   std::vector<Fiber*> waiting;
   Where where;
 };
@@ -92,14 +89,15 @@ struct Mbarrier {
   Block* block = nullptr;
   uint32_t expected = 0, pending = 0, phase = 0, id = 0;
   int64_t bytes = 0;
-  Clocks arriving, done;
+  Meeting arriving;
+  PastPointer done;
   std::vector<Fiber*> waiting;
 };
 
 // Per byte of shared memory, for the race checker.
 struct Shadow {
-  uint32_t write_time, read_time[2];
-  uint16_t writer, reader[2];
+  uint32_t write_time, plain_time, read_time[2];  // plain: what was written last by something else than an atomic
+  uint16_t writer, plain_writer, reader[2];
   uint8_t state, async_readers;
 };
 enum ShadowState : uint8_t { kUnwritten, kWritten, kAsyncWritten, kInFlight, kAtomic };
@@ -123,9 +121,9 @@ struct Block {
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   int num_threads = 0, live = 0;
-  uint32_t num_mbarriers = 0;
+  uint32_t number = 0, num_mbarriers = 0;
   NamedBarrier barrier;
-  std::vector<char> arrived;  // by thread: between cluster_arrive and cluster_wait
+  std::vector<int> arrived;  // by thread: the phase between cluster_arrive and cluster_wait, else -1
 };
 
 constexpr uint32_t kSmemBase = 1024;        // of the 32-bit addresses, as on the device
@@ -139,7 +137,7 @@ extern Fiber* current;
 void switch_to(Fiber* fiber);  // from the scheduler or another fiber
 void switch_to_scheduler(bool dying = false);
 void create_stack(Fiber& fiber);
-void release_stack(Fiber& fiber);
+void release_stack(Fiber& fiber, bool abandoned);
 void thread_main();                   // schedule.cpp
 void barriers_after_exit(Fiber* f);   // barrier.cpp
 void wgmma_exit(const Where& where);  // wgmma.cpp
@@ -180,6 +178,9 @@ void finish_block(Block* block);
 void drop_async();
 
 // ---- memory.cpp
+void take_arena(Block& block);  // shared memory that nothing may touch until it is opened
+void open_shared(Block& block, size_t begin, size_t bytes);
+void release_arena(Block& block);
 Block* owner_of(uint32_t address, const Where& where);                     // the current block, or the mapped one
 inline uint32_t local(uint32_t address) { return address % kSmemWindow; }  // the address in that block
 char* smem_pointer(Block* block, uint32_t local, size_t bytes, size_t align, const Where& where);
@@ -199,14 +200,14 @@ struct GlobalShadow {
   uint32_t launch = 0, block = 0, time = 0;
   uint16_t thread = 0;
 };
-void clocks_init(Fiber& fiber);
-void release_to(Clocks& clocks);
-void acquire_from(const Clocks& clocks);
+void clocks_init(Cluster& cluster);
+void release_to(Meeting& meeting);
 void join_lanes(Warp* warp, uint32_t lanes);
 void race_access(Block* owner, uint32_t address, size_t bytes, bool write, const char* what, const Where& where);
 void race_pointer(const void* p, size_t bytes, bool write, const Where& where);  // the hooks
 void race_global_write(const void* p, size_t bytes, const char* what, const Where& where);
-void race_global_early(const void* p, size_t bytes, const char* verb, const Where& where);
+void note_global_atomic(const void* p);
+void race_global_read(const void* p, size_t bytes, const Where& where);
 void race_issue_write(Block* owner, uint32_t address, size_t bytes, bool async_proxy, const char* what,
                       const Where& where);
 void race_copy_done(Block* owner, uint32_t address, size_t bytes, Fiber* by);
