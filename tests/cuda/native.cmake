@@ -11,7 +11,9 @@ file(GLOB native_tests CONFIGURE_DEPENDS tests/cuda/test_*.cpp)
 if(NOT TARGET moe_cuda_sm90)  # not among the architectures
   list(FILTER native_tests EXCLUDE REGEX "_sm90")
 endif()
-set_source_files_properties(tests/cuda/test_layouts.cpp PROPERTIES LANGUAGE CUDA)  # it alone has kernels
+# These alone have kernels of their own.
+set_source_files_properties(tests/cuda/test_layouts.cpp tests/cuda/test_copies.cpp tests/cuda/test_barriers.cpp
+                            PROPERTIES LANGUAGE CUDA)
 add_custom_target(moe_cuda_native)
 foreach(source IN LISTS native_tests)
   cmake_path(GET source STEM name)

@@ -1,9 +1,11 @@
-// Every instruction of cuda/ptx against its documented layout or effect, written from the manual's thread-value maps
-// and not from the emulator. Results go through a buffer, so that the same source runs on a GPU.
+// The matrix instructions of cuda/ptx against their documented layouts, written from the manual's thread-value maps and
+// not from the emulator; test_copies.cpp and test_barriers.cpp have the other instructions. Results go through a
+// buffer, so that the same source runs on a GPU.
 #include <cmath>
 #include <cstring>
 
 #include "device.h"
+#include "instructions.h"
 #include "ptx/ptx.cuh"
 
 namespace moe::cuda {
@@ -51,7 +53,6 @@ __global__ void mma_kernel(float* d_out, int kind) {  // 0: bf16, 1: fp16, 2: tf
 // Loads 4 matrices, and stores them elsewhere (sm_90), plain and transposed.
 __global__ void matrices_kernel(uint32_t* loaded, uint16_t* stored, int transposed) {
   SMEM_ARRAY(uint16_t, from, 256);
-  SMEM_ARRAY(uint16_t, to, 256);
   const int t = static_cast<int>(threadIdx.x);
   for (int i = t; i < 256; i += 32) from[i] = static_cast<uint16_t>(i);
   __syncwarp();
@@ -61,7 +62,8 @@ __global__ void matrices_kernel(uint32_t* loaded, uint16_t* stored, int transpos
   else
     ptx::ldmatrix_x4(r, ptx::smem_u32(&from[t * 8]));
   for (int i = 0; i < 4; ++i) loaded[t * 4 + i] = r[i];
-#if defined(CUDA_ON_CPU) || __CUDA_ARCH__ >= 900
+#if MOE_TEST_SM90
+  SMEM_ARRAY(uint16_t, to, 256);
   if (transposed)
     ptx::stmatrix_x4_trans(ptx::smem_u32(&to[t * 8]), r);
   else
@@ -73,7 +75,8 @@ __global__ void matrices_kernel(uint32_t* loaded, uint16_t* stored, int transpos
 
 // Where element (mn, k) lies before the swizzle: the canonical layouts of a wgmma descriptor, 16-bit elements.
 // width: chunks of 16 bytes in a row of the pattern, 8 (128B), 4, 2 or 1 (no swizzle).
-__device__ uint32_t canonical(bool mn_major, int width, int mn, int k, uint32_t leading, uint32_t stride) {
+[[maybe_unused]] __device__ uint32_t canonical(bool mn_major, int width, int mn, int k, uint32_t leading,
+                                               uint32_t stride) {
   const int c = (mn_major ? mn : k) / 8, i = mn_major ? k : mn, e = (mn_major ? mn : k) % 8;
   const uint32_t u = static_cast<uint32_t>(e * 2 + i % 8 * 16 * width);
   if (!mn_major)
@@ -86,7 +89,7 @@ __device__ uint32_t canonical(bool mn_major, int width, int mn, int k, uint32_t 
 
 template <int N, typename T, int kTransA, int kTransB, bool kRegisterA>
 __global__ void wgmma_kernel(float* d_out, int width) {
-#if defined(CUDA_ON_CPU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if MOE_TEST_SM90A
   SMEM_DYN(unsigned char, smem);
   const int t = static_cast<int>(threadIdx.x);
   constexpr bool kHalf = std::is_same_v<T, __half>;
@@ -150,7 +153,7 @@ void check_wgmma() {
 
 // Every thread comes to the second barrier as soon as it is through the first, however late the others wait for that.
 __global__ void cluster_kernel(int* seen, int blocks) {
-#if defined(CUDA_ON_CPU) || __CUDA_ARCH__ >= 900
+#if MOE_TEST_SM90
   for (int phase = 0; phase < 3; ++phase) {
     if (threadIdx.x == 0) seen[phase * blocks + blockIdx.x] = static_cast<int>(ptx::cluster_rank()) + phase;
     ptx::cluster_sync();
@@ -162,12 +165,6 @@ __global__ void cluster_kernel(int* seen, int blocks) {
 }
 
 __global__ void exp2_kernel(float* y, const float* x) { y[threadIdx.x] = ptx::exp2_approx(x[threadIdx.x]); }
-
-bool has_sm90() {
-  int major = 0;
-  test::cuda_ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-  return major == 9;
-}
 
 }  // namespace
 
@@ -217,14 +214,14 @@ TEST(ldmatrix_stmatrix) {
         const int second = first + (transposed ? 8 : 1);
         CHECK(got[static_cast<size_t>(t * 4 + i)] == static_cast<uint32_t>(first | second << 16));
       }
-    if (!has_sm90()) continue;
+    if (!test::has_sm90()) continue;
     const auto back = stored.host();
     for (int i = 0; i < 256; ++i) CHECK(back[static_cast<size_t>(i)] == i);
   }
 }
 
 TEST(cluster_barrier) {
-  if (!has_sm90()) return;
+  if (!test::has_sm90()) return;
   constexpr int kBlocks = 2;
   DeviceArray<int> seen(3 * kBlocks + 1);
   LAUNCH_EX(cluster_kernel, (ptx::Launch{.grid = dim3(kBlocks), .block = dim3(64), .cluster = kBlocks}), seen.data(),
@@ -237,7 +234,7 @@ TEST(cluster_barrier) {
 }
 
 TEST(wgmma) {
-  if (!has_sm90()) return;
+  if (!test::has_sm90()) return;
   check_wgmma<8, __nv_bfloat16, 0, 0, false>();
   check_wgmma<64, __half, 0, 1, false>();
   check_wgmma<128, __nv_bfloat16, 1, 0, false>();
