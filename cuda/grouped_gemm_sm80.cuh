@@ -1,7 +1,7 @@
 // Grouped GEMM on the tensor cores by mma.sync: bf16, fp16 and tf32, every size and alignment, every GPU since Ampere.
 //
-// A tile is kRows x 128, by 8 warps of kRows / 2 x 32. Operands come by cp.async in stages of 64 bytes of k, 3 or 4
-// ahead. An operand is stored either along k, [row][64 bytes of k], or across it, [k][128 columns]; 16-byte chunks
+// A tile is kRows x 128, by 8 warps of kRows / 2 x 32. Operands come by cp.async in 4 stages of 64 bytes of k.
+// An operand is stored either along k, [row][64 bytes of k], or across it, [k][128 columns]; 16-byte chunks
 // change places (XOR) so that the 8 rows that ldmatrix reads at once lie in different banks. Where rows do not start at
 // multiples of 16 bytes, elements are copied one by one, at the same points of the pipeline.
 #pragma once
@@ -11,7 +11,8 @@
 namespace moe::cuda::sm80 {
 
 constexpr int kColumns = 128, kWarpColumns = 32, kColumnBlocks = kWarpColumns / 8;
-constexpr int kDepthBytes = 64, kMostStages = 4, kLeastStages = 3;
+constexpr int kDepthBytes = 64;
+constexpr int kStages = 4;  // the blocks of a multiprocessor then take at most 98 of the 100 KB that every Ampere has
 template <typename T>
 constexpr int kDepth = kDepthBytes / static_cast<int>(sizeof(T));  // elements of k in a stage
 template <int kRows>
@@ -20,7 +21,7 @@ constexpr int kStageBytes = (kRows + kColumns) * kDepthBytes;
 template <int kRows>
 constexpr int kBlocks = kRows == 64 ? 2 : 1;
 constexpr int kSlabBytes = kSlabRows * kColumns * 4;
-static_assert(kSlabBytes <= kLeastStages * kStageBytes<64>, "the slab takes the place of the stages");
+static_assert(kSlabBytes <= kStages * kStageBytes<64>, "the slab takes the place of the stages");
 
 __device__ __forceinline__ void multiply_add(__nv_bfloat16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1) {
@@ -107,7 +108,7 @@ struct Tile {
 // tile.sum = lhs rhs^T over `depth` of k. copy_lhs(shared, k) and copy_rhs(shared, k) queue the thread's chunks of the
 // stage that begins at k.
 template <typename T, int kRows, bool kLhsAlongK, bool kRhsAlongK, typename CopyLhs, typename CopyRhs>
-__device__ __forceinline__ void multiply(Tile<kRows>& tile, unsigned char* shared, int stages, int64_t depth,
+__device__ __forceinline__ void multiply(Tile<kRows>& tile, unsigned char* shared, int64_t depth,
                                          const CopyLhs& copy_lhs, const CopyRhs& copy_rhs) {
   using Lhs = Operand<T, kRows, kLhsAlongK>;
   using Rhs = Operand<T, kColumns, kRhsAlongK>;
@@ -132,21 +133,19 @@ __device__ __forceinline__ void multiply(Tile<kRows>& tile, unsigned char* share
   };
   // One loop for the start and the rest, so that the copying code, long where it goes element by element, is there
   // once.
-  const int64_t ahead = int64_t{stages - 1} * kDepth<T>;
+  const int64_t ahead = int64_t{kStages - 1} * kDepth<T>;
   int reading = 0, writing = 0;
   for (int64_t k = -ahead; k < depth; k += kDepth<T>) {
     if (MOE_BUG(grouped_gemm, 12)) copy(k + ahead, writing);
     if (k >= 0) {
       if (MOE_BUG(grouped_gemm, 11))
-        ptx::cp_async_wait<kMostStages - 1>();
-      else if (stages == kMostStages)
-        ptx::cp_async_wait<kMostStages - 2>();
+        ptx::cp_async_wait<kStages - 1>();
       else
-        ptx::cp_async_wait<kLeastStages - 2>();
+        ptx::cp_async_wait<kStages - 2>();
       if (!MOE_BUG(grouped_gemm, 13)) __syncthreads();  // this stage is there for all, and the one before is free
     }
     if (!MOE_BUG(grouped_gemm, 12)) copy(k + ahead, writing);
-    writing = writing + 1 == stages ? 0 : writing + 1;
+    writing = writing + 1 == kStages ? 0 : writing + 1;
     if (k < 0) continue;
     const unsigned char *lhs = shared + reading * kStageBytes<kRows>, *rhs = lhs + kLhsBytes;
 #pragma unroll
@@ -168,7 +167,7 @@ __device__ __forceinline__ void multiply(Tile<kRows>& tile, unsigned char* share
         }
       }
     }
-    reading = reading + 1 == stages ? 0 : reading + 1;
+    reading = reading + 1 == kStages ? 0 : reading + 1;
   }
   ptx::cp_async_wait<0>();
 }
@@ -207,7 +206,7 @@ __device__ __forceinline__ void finish(const Tile<kRows>& tile, unsigned char* s
 
 template <typename T, int kRows, WeightLayout kLayout>
 __global__ void __launch_bounds__(kGemmThreads, kBlocks<kRows>)
-    gemm_kernel(const __grid_constant__ GemmArgs<T> args, bool whole_rows, bool whole_weight, int stages) {
+    gemm_kernel(const __grid_constant__ GemmArgs<T> args, bool whole_rows, bool whole_weight) {
   SMEM_DYN(unsigned char, shared);
   constexpr bool kOutIn = kLayout == WeightLayout::kOutIn;
   using Lhs = Operand<T, kRows, true>;
@@ -233,7 +232,7 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<kRows>)
     }
     Tile<kRows> tile;
     multiply<T, kRows, true, kOutIn>(
-        tile, shared, stages, args.k,
+        tile, shared, args.k,
         [&](unsigned char* to, int64_t k) {
 #pragma unroll
           for (int n = 0; n < Lhs::kChunks; ++n) {
@@ -261,7 +260,7 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<kRows>)
 
 template <typename T>
 __global__ void __launch_bounds__(kGemmThreads, kBlocks<128>)
-    wgrad_kernel(const __grid_constant__ WgradArgs<T> args, bool whole_lhs, bool whole_rhs, int stages) {
+    wgrad_kernel(const __grid_constant__ WgradArgs<T> args, bool whole_lhs, bool whole_rhs) {
   SMEM_DYN(unsigned char, shared);
   constexpr int kRows = 128;
   using Side = Operand<T, 128, false>;
@@ -279,7 +278,7 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<128>)
     };
     Tile<kRows> tile;
     multiply<T, kRows, false, false>(
-        tile, shared, stages, at.depth,
+        tile, shared, at.depth,
         [&](unsigned char* to, int64_t k) { copy_side(to, k, args.lhs, args.lhs_gather, args.m, at.row, whole_lhs); },
         [&](unsigned char* to, int64_t k) {
           copy_side(to, k, args.rhs, args.rhs_gather, args.n, at.column_tile * kColumns, whole_rhs);
@@ -290,26 +289,15 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<128>)
   }
 }
 
-// As many stages as the shared memory of a multiprocessor has room for.
-inline Status choose_stages(int blocks, int stage_bytes, const CudaContext& cuda, int& stages) {
-  constexpr int kReserved = 1024;  // by the runtime, per block
-  int available = 0;
-  const Status status = device_attribute(available, cudaDevAttrMaxSharedMemoryPerMultiprocessor, cuda);
-  stages = available >= blocks * (kMostStages * stage_bytes + kReserved) ? kMostStages : kLeastStages;
-  return status;
-}
-
 template <int kRows, typename Kernel, typename Args>
 Status launch(Kernel* kernel, const char* name, const Args& args, bool whole_lhs, bool whole_rhs,
               const CudaContext& cuda) {
+  constexpr size_t kBytes = kStages * kStageBytes<kRows>;
   unsigned blocks = 0;
-  int stages = 0;
   Status status = persistent_blocks(args.most_tiles(), kBlocks<kRows>, cuda, blocks);
-  if (status == Status::kOk) status = choose_stages(kBlocks<kRows>, kStageBytes<kRows>, cuda, stages);
-  if (status == Status::kOk) status = allow_shared_memory(kernel, stages * kStageBytes<kRows>, name, cuda);
+  if (status == Status::kOk) status = allow_shared_memory(kernel, kBytes, name, cuda);
   if (status != Status::kOk) return status;
-  LAUNCH(kernel, dim3(blocks), dim3(kGemmThreads), static_cast<size_t>(stages * kStageBytes<kRows>), stream(cuda), args,
-         whole_lhs, whole_rhs, stages);
+  LAUNCH(kernel, dim3(blocks), dim3(kGemmThreads), kBytes, stream(cuda), args, whole_lhs, whole_rhs);
   return launched(name, cuda);
 }
 
