@@ -50,7 +50,7 @@ Gradients reference(const Layer<T>& l) {
               std::vector<double>(l.w2.size()), std::vector<double>(l.b1.size()), std::vector<double>(l.b2.size()),
               std::vector<double>(l.s.size())};
   for (int64_t slot = 0; slot < p.num_rows(); ++slot) {
-    if (l.plan.slot_to_row[slot] < 0) continue;
+    if (l.plan.slot_to_row[slot] < 0 || l.plan.slot_to_row[slot] >= std::ssize(l.plan.row_to_slot)) continue;
     const int64_t t = slot / p.top_k, e = p.topk_ids[slot];
     const double s = l.s[slot];
     std::vector<double> hidden(pre), act(n), grad_hidden(pre), grad_act(n);

@@ -6,7 +6,7 @@ namespace {
 
 template <typename T>
 void check_bgrad(const Problem& p, const Plan& plan, int64_t offset) {
-  const int64_t rows = p.num_rows(), n = p.hidden_size;
+  const int64_t rows = std::ssize(plan.row_to_slot), n = p.hidden_size;
   const auto grad = random_values<T>(rows * n, 1);
   DevicePlan maps(plan);
   DeviceArray<T> in(grad, offset), out(p.num_experts * n);
@@ -29,15 +29,15 @@ void check_bgrad(const Problem& p, const Plan& plan, int64_t offset) {
 // db2: rows gathered from tokens and weighted by their slot.
 template <typename T>
 void check_weighted(const Problem& p, const Plan& plan) {
-  const int64_t rows = p.num_rows(), n = p.hidden_size;
+  const int64_t rows = std::ssize(plan.row_to_slot), slots = p.num_rows(), n = p.hidden_size;
   const auto grad = random_values<T>(p.num_tokens * n, 1);
-  const auto weights = random_values<Wide<T>>(rows, 2);
+  const auto weights = random_values<Wide<T>>(slots, 2);
   DevicePlan maps(plan);
   DeviceArray<T> in(grad), out(p.num_experts * n);
   DeviceArray<Wide<T>> w(weights);
   cuda::BgradTask task{.output = out.data(),
                        .rows = in.data(),
-                       .gather = {maps.row_to_slot.data(), rows, p.top_k},
+                       .gather = {maps.row_to_slot.data(), slots, p.top_k},
                        .row_weights = w.data(),
                        .schedule = {},
                        .num_rows = rows,
@@ -57,7 +57,7 @@ void check_weighted(const Problem& p, const Plan& plan) {
       Sum sum;
       for (int64_t r = offsets[e]; r < offsets[e + 1]; ++r) {
         const int64_t slot = plan.row_to_slot[r];
-        if (slot < 0 || slot >= rows) continue;
+        if (slot < 0 || slot >= slots) continue;
         sum.add(static_cast<double>(weights[slot]) * widen(grad[slot / p.top_k * n + j]));
       }
       CHECK(is_close(got[e * n + j], sum));
@@ -72,7 +72,8 @@ TEST(bgrad_sums_segments) {
       check_bgrad<T>(p, sorted_plan(p), 0);
       check_bgrad<T>(p, sorted_plan(p), 1);
       check_bgrad<T>(p, garbage_plan(p, 1), 0);
-      check_weighted<T>(p, sorted_plan(p, 3));
+      check_bgrad<T>(p, half_of(sorted_plan(p)), 0);
+      check_weighted<T>(p, kept_rows(sorted_plan(p, 3)));
       check_weighted<T>(p, garbage_plan(p, 2));
     }
   });

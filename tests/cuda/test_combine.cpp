@@ -8,7 +8,8 @@ namespace {
 
 template <typename T>
 void check_combine(const Problem& p, const Plan& plan, int64_t offset, bool weighted) {
-  const auto rows = random_values<T>(p.num_rows() * p.hidden_size, 1);
+  const int64_t num_rows = std::ssize(plan.row_to_slot);
+  const auto rows = random_values<T>(num_rows * p.hidden_size, 1);
   const auto weights = random_values<Wide<T>>(p.num_rows(), 2);
   DevicePlan maps(plan);
   DeviceArray<T> in(rows, offset), out(p.num_tokens * p.hidden_size, offset);
@@ -24,7 +25,7 @@ void check_combine(const Problem& p, const Plan& plan, int64_t offset, bool weig
       Sum sum;
       for (int64_t slot = t * p.top_k; slot < (t + 1) * p.top_k; ++slot) {
         const int64_t row = plan.slot_to_row[slot];
-        if (row < 0 || row >= p.num_rows()) continue;
+        if (row < 0 || row >= num_rows) continue;
         sum.add((weighted ? static_cast<double>(weights[slot]) : 1.0) * widen(rows[row * p.hidden_size + h]));
       }
       CHECK(is_close(got[t * p.hidden_size + h], sum));
@@ -34,11 +35,11 @@ void check_combine(const Problem& p, const Plan& plan, int64_t offset, bool weig
 
 template <typename T>
 void check_backward(const Problem& p, const Plan& plan, int64_t offset) {
-  const int64_t width = p.hidden_size;
-  const auto rows = random_values<T>(p.num_rows() * width, 1), grad = random_values<T>(p.num_tokens * width, 3);
+  const int64_t width = p.hidden_size, num_rows = std::ssize(plan.row_to_slot);
+  const auto rows = random_values<T>(num_rows * width, 1), grad = random_values<T>(p.num_tokens * width, 3);
   const auto weights = random_values<Wide<T>>(p.num_rows(), 2);
   DevicePlan maps(plan);
-  DeviceArray<T> in(rows, offset), grad_in(grad, offset), grad_rows(p.num_rows() * width, offset);
+  DeviceArray<T> in(rows, offset), grad_in(grad, offset), grad_rows(num_rows * width, offset);
   DeviceArray<Wide<T>> w(weights), grad_weights(p.num_rows());
   const WrittenOnce once(grad_rows), once_weights(grad_weights);
   run_on_device([&](const CudaContext& device) {
@@ -48,7 +49,7 @@ void check_backward(const Problem& p, const Plan& plan, int64_t offset) {
   });
   const auto got_rows = grad_rows.host();
   const auto got_weights = grad_weights.host();
-  for (int64_t row = 0; row < p.num_rows(); ++row) {
+  for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t slot = plan.row_to_slot[row];
     for (int64_t h = 0; h < width; ++h) {
       Sum sum;
@@ -61,7 +62,7 @@ void check_backward(const Problem& p, const Plan& plan, int64_t offset) {
   for (int64_t slot = 0; slot < p.num_rows(); ++slot) {
     const int64_t row = plan.slot_to_row[slot];
     Sum sum;
-    for (int64_t h = 0; h < width && row >= 0 && row < p.num_rows(); ++h) {
+    for (int64_t h = 0; h < width && row >= 0 && row < num_rows; ++h) {
       sum.add(static_cast<double>(widen(rows[row * width + h])) * widen(grad[slot / p.top_k * width + h]));
     }
     CHECK(is_close(got_weights[slot], sum));
@@ -77,6 +78,8 @@ void for_plans(const Fn& fn) {
       fn(p, sorted_plan(p), offset);
       fn(p, sorted_plan(p, 2), offset);
     }
+    fn(p, kept_rows(sorted_plan(p, 2)), 0);
+    fn(p, half_of(sorted_plan(p)), 0);
     for (uint32_t seed = 0; seed < 2; ++seed) fn(p, garbage_plan(p, seed), 0);
   }
 }
@@ -103,11 +106,11 @@ TEST(combine_of_wide_rows) {
 
 template <typename T>
 void check_grad_weights(const Problem& p, const Plan& plan, int64_t num_partials, bool biased) {
-  const int64_t width = p.hidden_size, rows = p.num_rows();
+  const int64_t width = p.hidden_size, rows = std::ssize(plan.row_to_slot);
   const auto partials = random_values<Wide<T>>(rows * num_partials, 1);
   const auto grad = random_values<T>(p.num_tokens * width, 2), bias = random_values<T>(p.num_experts * width, 3);
   DevicePlan maps(plan);
-  DeviceArray<Wide<T>> in(partials), out(rows);
+  DeviceArray<Wide<T>> in(partials), out(p.num_rows());
   DeviceArray<T> grad_in(grad), bias_in(bias);
   cuda::GradWeightsTask task{.grad_topk_weights = out.data(),
                              .partials = in.data(),
@@ -126,7 +129,7 @@ void check_grad_weights(const Problem& p, const Plan& plan, int64_t num_partials
   });
   const auto got = out.host();
   const auto offsets = clamped_offsets(plan, rows);
-  for (int64_t slot = 0; slot < rows; ++slot) {
+  for (int64_t slot = 0; slot < p.num_rows(); ++slot) {
     const int64_t row = plan.slot_to_row[slot];
     Sum sum;
     for (int64_t e = 0; e < p.num_experts; ++e) {
@@ -146,6 +149,7 @@ TEST(grad_weights_are_gathered) {
       const Context c(p.name);
       check_grad_weights<T>(p, sorted_plan(p), 3, false);
       check_grad_weights<T>(p, sorted_plan(p, 2), 40, true);
+      check_grad_weights<T>(p, half_of(sorted_plan(p)), 2, true);
       check_grad_weights<T>(p, garbage_plan(p, 1), 1, true);
     }
   });

@@ -8,15 +8,16 @@ namespace {
 template <typename T>
 void check_permute(const Problem& p, const Plan& plan, int64_t offset) {
   const auto tokens = random_values<T>(p.num_tokens * p.hidden_size, 1);
-  std::vector<T> expected(static_cast<size_t>(p.num_rows() * p.hidden_size), T{});
-  for (int64_t row = 0; row < p.num_rows(); ++row) {
+  const int64_t num_rows = std::ssize(plan.row_to_slot);
+  std::vector<T> expected(static_cast<size_t>(num_rows * p.hidden_size), T{});
+  for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t slot = plan.row_to_slot[row];
     if (slot < 0 || slot >= p.num_rows()) continue;
     const auto token = tokens.begin() + slot / p.top_k * p.hidden_size;
     std::copy_n(token, p.hidden_size, expected.begin() + row * p.hidden_size);
   }
   DevicePlan maps(plan);
-  DeviceArray<T> in(tokens, offset), rows(p.num_rows() * p.hidden_size, offset);
+  DeviceArray<T> in(tokens, offset), rows(num_rows * p.hidden_size, offset);
   const WrittenOnce once(rows);
   run_on_device([&](const CudaContext& device) {
     return permute_cuda({rows.data(), in.data(), maps.view(p), p.hidden_size, kDType<T>}, device);
@@ -32,6 +33,8 @@ TEST(permute_copies_rows) {
         check_permute<T>(p, sorted_plan(p), offset);
         check_permute<T>(p, sorted_plan(p, 2), offset);
       }
+      check_permute<T>(p, kept_rows(sorted_plan(p, 2)), 0);
+      check_permute<T>(p, half_of(sorted_plan(p)), 0);
       for (uint32_t seed = 0; seed < 2; ++seed) check_permute<T>(p, garbage_plan(p, seed), 0);
     });
   }
