@@ -29,8 +29,10 @@ struct Layer {
   TileSchedule schedule{};
 
   Status make_schedule() {
-    return cuda::make_schedule(args.plan.expert_offsets, rows, experts, tile_rows_for(args.dtype, rows, experts), cuda,
-                               &schedule);
+    // Few rows have a kernel of their own, which adds in another order: who asks for the same bits gets that for many.
+    const int64_t counted = args.row_invariant ? INT64_MAX : rows;
+    return cuda::make_schedule(args.plan.expert_offsets, rows, experts, tile_rows_for(args.dtype, counted, experts),
+                               cuda, &schedule);
   }
   // Uninitialised scratch of R rows.
   Status allocate(void*& scratch, int64_t columns, size_t element_bytes) const {

@@ -43,12 +43,18 @@ struct Results {
 struct Options {
   bool recompute = false;
   bool accumulate = false;  // to gradients of 0.5
+  bool row_invariant = false;
   size_t shift = 0;
 };
 
 template <typename T>
 Results<T> run(const Layer<T>& l, const Options& options) {
   const DeviceLayer<T> d{l, options.shift};
+  const auto args = [&] {
+    ExpertsLayer args = d.args();
+    args.row_invariant = options.row_invariant;
+    return args;
+  };
   const size_t shift = options.shift;
   const auto weight_grad = [&](size_t n) {
     return options.accumulate ? std::vector<T>(n, narrow<T>(Wide<T>(0.5))) : unwritten<T>(n);
@@ -59,11 +65,11 @@ Results<T> run(const Layer<T>& l, const Options& options) {
   DeviceArray<T> b1(l.b1.size(), shift), b2(l.b2.size(), shift);
   DeviceArray<Wide<T>> s(l.s.size());
   run_on_device([&](const CudaContext& cuda) {
-    const Status status = experts_cuda({output.data(), options.recompute ? nullptr : pre.data(), d.args()}, cuda);
+    const Status status = experts_cuda({output.data(), options.recompute ? nullptr : pre.data(), args()}, cuda);
     if (status != Status::kOk) return status;
     return experts_backward_cuda(
         {x.data(), w1.data(), w2.data(), l.biased ? b1.data() : nullptr, l.biased ? b2.data() : nullptr, s.data(),
-         d.grad_output.data(), options.recompute ? nullptr : pre.data(), d.args(), options.accumulate},
+         d.grad_output.data(), options.recompute ? nullptr : pre.data(), args(), options.accumulate},
         cuda);
   });
   return {output.host(), pre.host(), x.host(), w1.host(), w2.host(), b1.host(), b2.host(), s.host()};
@@ -107,6 +113,32 @@ std::vector<Problem> all_problems() {
 }
 
 constexpr ActivationOptions kInterleaved{Activation::kSwiGLU, GateLayout::kInterleaved, 1, INFINITY, 0};
+
+// However few rows a part leaves an expert.
+TEST(experts_of_a_part_have_the_bits_of_the_whole) {
+  const Options options{.row_invariant = true};
+  for (const int architecture : {80, 90}) {
+    const Architecture a(architecture);
+    const Problem whole{"whole", 140, 2, 1, 256, 128, ids(140, 2)};
+    const Plan whole_plan = sorted_plan(whole);
+    const Results<BFloat16> all = run(Layer<BFloat16>{whole, whole_plan, kSwiGLU, WeightLayout::kOutIn, true}, options);
+    for (const int64_t tokens : {3, 70}) {
+      const Context c(std::to_string(architecture) + " " + std::to_string(tokens) + " tokens");
+      Problem part = whole;
+      part.num_tokens = tokens;
+      part.topk_ids.resize(static_cast<size_t>(tokens));
+      const Plan plan = sorted_plan(part);
+      const Results<BFloat16> some = run(Layer<BFloat16>{part, plan, kSwiGLU, WeightLayout::kOutIn, true}, options);
+      const auto same = [](const auto& few, auto many) {
+        many.resize(few.size());
+        return same_bits(few, many);
+      };
+      CHECK(same(some.output, all.output));
+      CHECK(same(some.x, all.x));
+      CHECK(same(some.s, all.s));
+    }
+  }
+}
 
 TEST(experts_of_every_shape) {
   const Architecture a(80);
