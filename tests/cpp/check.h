@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,7 @@ struct Registration {
 };
 
 inline int failures = 0;
+inline bool stop_at_first_failure = false;
 inline std::string context;  // the case at hand, printed with a failure
 
 // Adds a word to `context` while it lives.
@@ -37,6 +39,7 @@ class Context {
 
 inline bool check(bool ok, const char* file, int line, const std::string& text) {
   if (!ok && ++failures <= 20) std::printf("%s:%d:%s: %s\n", file, line, context.c_str(), text.c_str());
+  if (!ok && stop_at_first_failure) std::exit(1);
   return ok;
 }
 

@@ -3,7 +3,8 @@
 //   test_plan_race [word] [--seeds N] [--first S]     word: only the tests whose name holds it
 //
 // MOE_CUDA_SEEDS=N is the default of --seeds, and stronger than --default-seeds. With a bug planted (MOE_BUG=plan:3) it
-// stops at the first failure, and exits with 2 if no test came to the bug's place.
+// stops at the first failed check, and exits with 2 if no test came to the bug's place.
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 
@@ -34,6 +35,7 @@ int main(int argc, char** argv) {
   seeds = 1;
 #endif
   const bool bug = std::getenv("MOE_BUG") != nullptr;
+  stop_at_first_failure = bug;
   int count = 0;
   for (int seed = first; seed < first + seeds; ++seed)
     for (const auto& [test, run] : all_tests()) {
@@ -43,10 +45,11 @@ int main(int argc, char** argv) {
       emu::set_seed(static_cast<uint64_t>(seed));
 #endif
       const int before = failures;
+      const auto start = std::chrono::steady_clock::now();
       run();
       ++count;
-      if (failures != before) std::printf("seed %-4d %-40s FAILED\n", seed, test);
-      if (failures && bug) return 1;
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+      std::printf("seed %-4d %-40s %6.2f s%s\n", seed, test, seconds.count(), failures == before ? "" : "  FAILED");
     }
   std::printf("%d tests, %d failed checks\n", count, failures);
 #ifdef CUDA_ON_CPU
