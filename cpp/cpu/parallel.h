@@ -5,8 +5,11 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <type_traits>
+#include <utility>
 
 #include "moe/huge_pages.h"
+#include "moe/memory.h"
 #include "moe/types.h"
 
 namespace moe {
@@ -50,18 +53,35 @@ void parallel_for(const ThreadPool& pool, int64_t n, int64_t grain, const Fn& fn
   parallel_chunks(pool, n, num_chunks(pool, n, grain), [&](int64_t, int64_t begin, int64_t end) { fn(begin, end); });
 }
 
-// Scratch memory that does not throw: false when there is none.
+// Scratch memory that does not throw, of plain numbers, not initialised: false when there is none.
 template <typename T>
 class Scratch {
+  static_assert(std::is_trivially_copyable_v<T>, "a large block is given back without destroying anything");
+
  public:
-  explicit Scratch(int64_t n) : data_(new (std::nothrow) T[static_cast<size_t>(n)]) {
-    if (data_) advise_huge_pages(data_.get(), static_cast<size_t>(n) * sizeof(T));
+  explicit Scratch(int64_t n) {
+    const size_t bytes = static_cast<size_t>(n) * sizeof(T);
+    if (bytes < kLargeBlock) {
+      small_.reset(new (std::nothrow) T[static_cast<size_t>(n)]);
+    } else {
+      large_ = take_block(bytes);
+    }
   }
-  explicit operator bool() const { return data_ != nullptr; }
-  T* get() const { return data_.get(); }
+  Scratch(Scratch&& other) noexcept
+      : small_(std::move(other.small_)), large_(std::exchange(other.large_, Block{nullptr, 0})) {}
+  Scratch& operator=(Scratch&& other) noexcept {
+    std::swap(small_, other.small_);
+    std::swap(large_, other.large_);
+    return *this;
+  }
+  ~Scratch() { give_block(large_); }
+
+  explicit operator bool() const { return get() != nullptr; }
+  T* get() const { return small_ ? small_.get() : static_cast<T*>(large_.data); }
 
  private:
-  std::unique_ptr<T[]> data_;
+  std::unique_ptr<T[]> small_;
+  Block large_{nullptr, 0};
 };
 
 }  // namespace moe

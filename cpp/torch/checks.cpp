@@ -3,6 +3,18 @@
 #include <algorithm>
 #include <span>
 #include <stdexcept>
+#include <vector>
+
+#include "moe/memory.h"
+
+#if defined(__linux__)
+// A tensor of memory that is not torch's, with what to do when it is done with. Of the stable functions since
+// torch 2.11: weak, so that it is null in an older one.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* deleter_context);
+#endif
 
 namespace moe {
 namespace {
@@ -148,6 +160,29 @@ Argument Op::output(std::string_view name, const Tensor& tensor) const {
 
 Tensor Op::empty(std::initializer_list<int64_t> shape, ScalarType type) const {
   return torch::stable::new_empty(first_, {shape.begin(), shape.size()}, type);
+}
+
+Tensor Op::empty_kept(std::initializer_list<int64_t> shape, ScalarType type) const {
+#if defined(__linux__)
+  size_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
+  if (bytes >= kLargeBlock && first_.is_cpu() && torch_from_blob != nullptr) {
+    const Block block = take_block(bytes);
+    if (block.data == nullptr) check_status(name_, Status::kOutOfMemory, "");
+    std::vector<int64_t> strides(shape.size(), 1);
+    for (size_t i = shape.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * shape.begin()[i];
+    const auto give = [](void* data, void* size) { give_block({data, reinterpret_cast<size_t>(size)}); };
+    AtenTensorHandle handle = nullptr;
+    if (torch_from_blob(block.data, static_cast<int64_t>(shape.size()), shape.begin(), strides.data(), 0,
+                        torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                        aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give,
+                        reinterpret_cast<void*>(block.bytes)) == AOTI_TORCH_SUCCESS) {
+      return Tensor(handle);
+    }
+    give_block(block);
+  }
+#endif
+  return empty(shape, type);
 }
 
 void Op::fail(std::string_view argument, const std::string& expectation, const std::string& got,

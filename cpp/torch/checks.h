@@ -59,6 +59,9 @@ class Op {
   Argument argument(std::string_view name, const Tensor& tensor) const;
   Argument output(std::string_view name, const Tensor& tensor) const;  // to be written to: not made contiguous
   Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const;
+  // The same, of a floating type, for what lives from step to step, gradients above all: a large one on the CPU is a
+  // kept block (moe/memory.h). Its storage cannot be resized.
+  Tensor empty_kept(std::initializer_list<int64_t> shape, ScalarType type) const;
   [[noreturn]] void fail(std::string_view argument, const std::string& expectation, const std::string& got,
                          std::string_view hint = "") const;
   void at_least(std::string_view argument, int64_t value, int64_t least) const;

@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> experts(const Tensor& hidden_states, const Tensor& ga
                                down_proj, topk_weights, gate_up_bias, down_bias);
   Tensor output = op.empty({plan.num_tokens(), tensors.hidden_size}, tensors.type());
   Tensor pre_activation =
-      op.empty({save_pre_activation ? plan.num_rows() : 0, tensors.pre_activation_size}, tensors.type());
+      op.empty_kept({save_pre_activation ? plan.num_rows() : 0, tensors.pre_activation_size}, tensors.type());
   op.run<Device>(ExpertsArgs{.output = output.mutable_data_ptr(),
                              .pre_activation = save_pre_activation ? pre_activation.mutable_data_ptr() : nullptr,
                              .layer = tensors.layer()});
@@ -167,7 +167,7 @@ ExpertsGradients experts_gradients(const Op& op, const WantedGradients& wanted, 
     return Gradient{tensor, argument.mutable_data()};
   };
   const auto allocate = [&](bool needed, std::initializer_list<int64_t> shape, ScalarType type) {
-    Tensor tensor = needed ? op.empty(shape, type) : op.empty({0}, type);
+    Tensor tensor = needed ? op.empty_kept(shape, type) : op.empty({0}, type);
     return Gradient{tensor, needed ? tensor.mutable_data_ptr() : nullptr};
   };
   const ScalarType type = tensors.type();

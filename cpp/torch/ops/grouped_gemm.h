@@ -56,7 +56,7 @@ Tensor wgrad(const Op& op, const Tensor& lhs, const Tensor& rhs, const Tensor& e
   const Argument offsets = check_offsets(op, expert_offsets);
   const int64_t num_experts = offsets.size(0) - 1, m = left.size(1), n = right.size(1);
   const ScalarType type = scalar_type(left.dtype());
-  Tensor output = existing ? *existing : op.empty({num_experts, m, n}, type);
+  Tensor output = existing ? *existing : op.empty_kept({num_experts, m, n}, type);
   op.run<Device>(GroupedGemmWgradArgs{
       .output = op.output("grad", output).shape({num_experts, m, n}, "[num_experts, m, n]").type(type).mutable_data(),
       .lhs = left.data(),

@@ -37,8 +37,10 @@ def experts(
     gradient. For the backward only ``hidden_states``, the pre-activation :math:`H`, ``topk_weights``, the plan and
     references to the parameters are kept. In inference the operator takes, beside its output, at most
     ``1.25 * num_rows * intermediate_size`` elements and a few MiB per thread: the activations between the two GEMMs,
-    and packed blocks that threads keep for the next call. Under autocast, ``hidden_states`` and the parameters are
-    cast to the autocast dtype; ``topk_weights`` stay fp32.
+    and packed blocks that threads keep for the next call. Blocks of 4 MiB and more, those of freed gradients of the
+    weights among them, are kept, too, never more than were once in use together, and marked as free: Linux takes them
+    back when it needs memory, and counts them as the process's until then. Under autocast, ``hidden_states`` and the
+    parameters are cast to the autocast dtype; ``topk_weights`` stay fp32.
 
     Parameters
     ----------
