@@ -7,6 +7,7 @@
 #define MOE_TILE_VECTORS 4
 #include "gemm/dot.h"
 #include "gemm/outer.h"
+#include "gemm/pack.h"
 
 namespace moe {
 
@@ -27,6 +28,8 @@ const Kernels<Storage>& table() {
     static const Kernels<BFloat16> kTable = [] {
       Kernels<BFloat16> with_pairs = avx512::table<BFloat16>();
       with_pairs.outer_pairs = outer<float, true>;
+      with_pairs.pack_pairs = pack_pairs;
+      with_pairs.pack_pairs_transposed = pack_pairs_transposed;
       with_pairs.dot = dot<BFloat16>;
       with_pairs.arrange_for_dot = arrange_for_dot<BFloat16>;
       with_pairs.dot_step = kDotStep<BFloat16>;

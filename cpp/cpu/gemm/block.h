@@ -7,6 +7,7 @@
 //   kDot             out_in, few rows: dot products along k, straight on the weight
 //   kTokensInLanes   out_in, many rows: rows are packed, transposed, once; weight elements are broadcast, unpacked
 //   kColumnsInLanes  in_out: a panel of the weight is packed; row elements are broadcast
+//                    (both: in pairs of bf16 where the processor multiplies those and k is even)
 //   kTiles           bf16 on matrix units, either layout, k a multiple of 32: what is not the left factor is packed
 #pragma once
 
@@ -114,6 +115,8 @@ class BlockGemm {
     for (int64_t i = 0; i < m; ++i) {
       if constexpr (std::is_same_v<Storage, Real>) {
         real_rows_[i] = rows[i];
+      } else if (pairs_) {
+        real_rows_[i] = reinterpret_cast<const Real*>(rows[i]);
       } else {
         kernels_.widen_row(rows[i], k, packed_ + i * k);
         real_rows_[i] = packed_ + i * k;
@@ -273,13 +276,15 @@ class BlockGemm {
 
   // A strip of the weight at a time, read row by row and packed into panels that stay in the first-level cache.
   void multiply_columns_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
-    const int64_t widest = kernels_.panel();
-    const Storage* w[kColumnsDepth];
+    const int64_t widest = kernels_.panel(), packing = pairs_ ? 2 : 1;
+    const auto outer = pairs_ ? kernels_.outer_pairs : kernels_.outer;
+    const auto pack = pairs_ ? kernels_.pack_pairs : kernels_.pack;
+    const Storage* w[2 * kColumnsDepth];
     const Real* a[kMaxTileRows];
-    for (int64_t k0 = 0; k0 < k_; k0 += kColumnsDepth) {
-      const int64_t depth = std::min(kColumnsDepth, k_ - k0);
-      for (int64_t x = 0; x < depth; ++x) w[x] = weight.data + (k0 + x) * weight.n + begin;
-      kernels_.pack(w, depth, count, widest, staged_);
+    for (int64_t k0 = 0; k0 < packed_depth(); k0 += kColumnsDepth) {
+      const int64_t depth = std::min(kColumnsDepth, packed_depth() - k0);
+      for (int64_t x = 0; x < depth * packing; ++x) w[x] = weight.data + (k0 * packing + x) * weight.n + begin;
+      pack(w, depth * packing, count, widest, staged_);
       const Real* panel = staged_;
       for (int64_t j = 0; j < count; j += widest, panel += depth * widest) {
         const int64_t vectors = ceil_div(std::min(widest, count - j), kernels_.lanes);
@@ -287,8 +292,8 @@ class BlockGemm {
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t first = m_ * t / tiles, rows = m_ * (t + 1) / tiles - first;
           for (int64_t x = 0; x < rows; ++x) a[x] = real_rows_[first + x] + k0;
-          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors * kernels_.lanes), a, panel, widest, depth,
-                         c + first * ldc + j, ldc, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
+          outer(static_cast<int>(rows), static_cast<int>(vectors * kernels_.lanes), a, panel, widest, depth,
+                c + first * ldc + j, ldc, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
         }
       }
     }

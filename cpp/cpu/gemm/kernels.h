@@ -56,6 +56,12 @@ struct Kernels {
   // of two products; of BFloat16 only, where the processor has such products. Subnormal numbers count as zero in it.
   void (*outer_pairs)(int rows, int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c,
                       int64_t ldc, TileStore how) = nullptr;
+  // What packs for it along rows: pair x of q are elements of rows 2 x and 2 x + 1, or zero where there is none.
+  // Panels of pairs as of `pack`, each [ceil(k / 2), width].
+  void (*pack_pairs)(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Real* q) = nullptr;
+  // q[x, i] = the pair of rows[2 i][x] and rows[2 i + 1][x], for 2 i < m; the other columns of q, up to width, are
+  // zero.
+  void (*pack_pairs_transposed)(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Real* q) = nullptr;
 
   // c[i * ldc + j * stride] = <a[i], w[j]> for i < rows and j < columns <= dot_columns[rows - 1], over k elements,
   // which may be one part of all: the parts before and after it share `sums`, kMaxDotRows * kMaxTileRows vectors. a is

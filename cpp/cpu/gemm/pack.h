@@ -20,10 +20,43 @@ inline void transpose_square(Vec<Real> (&v)[kLanes<Real>]) {
   }
 }
 
-// q[x, i] = rows[i][x]; columns m .. width - 1 are zero. `width` is a multiple of kNarrowLanes.
+// Where packing reads: rows of numbers, or pairs of rows of BFloat16, whose elements face each other in a Real.
 template <typename Storage>
-void pack_transposed(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Wide<Storage>* q) {
-  using Real = Wide<Storage>;
+struct SingleRows {
+  const Storage* const* rows;
+
+  Vec<Wide<Storage>> load(int64_t row, int64_t at) const { return MOE_ISA::load(rows[row] + at); }
+  Vec<Wide<Storage>> load_first(int64_t row, int64_t at, int64_t n) const {
+    return MOE_ISA::load_first(rows[row] + at, n);
+  }
+  void fetch(int64_t row, int64_t at) const { MOE_ISA::fetch(rows[row] + at); }
+};
+
+struct PairedRows {
+  const BFloat16* const* rows;
+  int64_t count;  // of an odd number, the last row faces zeros
+
+  Vec<float> load(int64_t pair, int64_t at) const {
+    return load_zipped(rows[2 * pair] + at, has_second(pair) ? rows[2 * pair + 1] + at : nullptr);
+  }
+  Vec<float> load_first(int64_t pair, int64_t at, int64_t n) const {
+    BFloat16 first[kLanes<float>] = {}, second[kLanes<float>] = {};
+    std::memcpy(first, rows[2 * pair] + at, static_cast<size_t>(n) * sizeof(BFloat16));
+    if (has_second(pair)) std::memcpy(second, rows[2 * pair + 1] + at, static_cast<size_t>(n) * sizeof(BFloat16));
+    return load_zipped(first, second);
+  }
+  void fetch(int64_t pair, int64_t at) const {
+    MOE_ISA::fetch(rows[2 * pair] + at);
+    if (has_second(pair)) MOE_ISA::fetch(rows[2 * pair + 1] + at);
+  }
+
+ private:
+  bool has_second(int64_t pair) const { return 2 * pair + 1 < count; }
+};
+
+// q[x, i] = rows[i][x] for i < m; columns m .. width - 1 are zero. `width` is a multiple of kNarrowLanes.
+template <typename Real, typename Rows>
+void pack_transposed_from(const Rows& rows, int64_t m, int64_t k, int64_t width, Real* q) {
   constexpr int n = kLanes<Real>;
   for (int64_t i0 = 0; i0 < width; i0 += n) {
     const int64_t used = std::clamp<int64_t>(m - i0, 0, n);
@@ -32,7 +65,7 @@ void pack_transposed(const Storage* const* rows, int64_t m, int64_t k, int64_t w
       Vec<Real> square[n];
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) {
-        square[i] = i >= used ? Vec<Real>{} : rest == n ? load(rows[i0 + i] + x) : load_first(rows[i0 + i] + x, rest);
+        square[i] = i >= used ? Vec<Real>{} : rest == n ? rows.load(i0 + i, x) : rows.load_first(i0 + i, x, rest);
       }
       transpose_square<Real>(square);
       if (width - i0 < n) {
@@ -47,27 +80,42 @@ void pack_transposed(const Storage* const* rows, int64_t m, int64_t k, int64_t w
   }
 }
 
-// Panels [k, width] of the columns of rows[x], the last one padded with zeros. `width` is a multiple of kLanes. The
+template <typename Storage>
+void pack_transposed(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Wide<Storage>* q) {
+  pack_transposed_from(SingleRows<Storage>{rows}, m, k, width, q);
+}
+inline void pack_pairs_transposed(const BFloat16* const* rows, int64_t m, int64_t k, int64_t width, float* q) {
+  pack_transposed_from(PairedRows{rows, m}, (m + 1) / 2, k, width, q);
+}
+
+// Panels [k, width] of the columns of row x < k, the last one padded with zeros. `width` is a multiple of kLanes. The
 // rows are pieces of longer ones, which the processor's prefetcher does not follow: each is fetched while an earlier
 // one is packed.
-template <typename Storage>
-void pack(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Wide<Storage>* q) {
-  using Real = Wide<Storage>;
+template <typename Real, typename Rows>
+void pack_from(const Rows& rows, int64_t k, int64_t n, int64_t width, Real* q) {
   constexpr int64_t kRowsAhead = 4;
   for (int64_t x = 0; x < k; ++x) {
     Real* out = q + x * width;
-    const Storage* later = rows[std::min(x + kRowsAhead, k - 1)];
+    const int64_t later = std::min(x + kRowsAhead, k - 1);
     for (int64_t begin = 0; begin < n; begin += width, out += k * width) {
       const int64_t used = std::min(width, n - begin);
       int64_t j = 0;
       for (; j + kLanes<Real> <= used; j += kLanes<Real>) {
-        fetch(later + begin + j);
-        store(out + j, load(rows[x] + begin + j));
+        rows.fetch(later, begin + j);
+        store(out + j, rows.load(x, begin + j));
       }
-      if (j < used) store(out + j, load_first(rows[x] + begin + j, used - j)), j += kLanes<Real>;
+      if (j < used) store(out + j, rows.load_first(x, begin + j, used - j)), j += kLanes<Real>;
       for (; j < width; j += kLanes<Real>) store(out + j, Vec<Real>{});
     }
   }
+}
+
+template <typename Storage>
+void pack(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Wide<Storage>* q) {
+  pack_from(SingleRows<Storage>{rows}, k, n, width, q);
+}
+inline void pack_pairs(const BFloat16* const* rows, int64_t k, int64_t n, int64_t width, float* q) {
+  pack_from(PairedRows{rows, k}, (k + 1) / 2, n, width, q);
 }
 
 // dst[j, i] = src[i, j].

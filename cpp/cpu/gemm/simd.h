@@ -116,6 +116,12 @@ inline V broadcast_pair(const float* p) {
 inline constexpr bool kHasPairs = false;
 #endif
 
+// Pairs of the elements of two rows, the second of which may be missing: zeros.
+inline Vec<float> load_zipped(const BFloat16* first, const BFloat16* second) {
+  const UInt low = load_16_bits(first);
+  return reinterpret_cast<Vec<float>>(second == nullptr ? low : low | (load_16_bits(second) << 16));
+}
+
 inline Vec<float> load(const BFloat16* p) { return reinterpret_cast<Vec<float>>(load_16_bits(p) << 16); }
 
 inline Vec<float> load(const Float16* p) {

@@ -87,7 +87,8 @@ class WgradWorker {
         for (int64_t r = 0; r < depth; ++r) pointers_[r] = args_.rhs[first + r0 + r] + j;
         const Strip out{output + j, unit.count, columns};
         const DotPart part{r0 == 0, r0 + depth == rows};
-        kernels_.matrix_units ? add_tiles(out, r0, ld, depth, part) : add_products(out, packed_ + r0, ld, depth, part);
+        kernels_.matrix_units ? add_tiles(out, r0, ld, depth, part)
+                              : add_products(out, packed_ + r0 / packing(), ld, depth, part);
       }
     }
     if (streams_) kernels_.finish_streams();
@@ -96,8 +97,8 @@ class WgradWorker {
  private:
   static constexpr int64_t kStep = 24, kMostCount = 8 * kStep;  // count of a unit: a multiple of every tile's rows
   static constexpr int64_t kPackedElements = int64_t{1} << 18;  // of the packed lhs
-  static constexpr int64_t kRowsBlock = 256;
-  static constexpr size_t kStreamedBytes = size_t{8} << 20;  // a smaller output is still cached when it is read next
+  static constexpr int64_t kRowsBlock = 256;                    // even: no pair of rows is torn apart
+  static constexpr size_t kStreamedBytes = size_t{8} << 20;     // a smaller output is still cached when it is read next
 
   static constexpr int64_t kStripElements = 64 << 10;  // of packed rhs: they stay in the second-level cache
 
@@ -105,6 +106,9 @@ class WgradWorker {
     Storage* output;
     int64_t rows, columns;
   };
+
+  // Rows that share the room of a Real: pairs of bf16 where the processor multiplies those.
+  int64_t packing() const { return kernels_.outer_pairs != nullptr ? 2 : 1; }
 
   int64_t strip_of(int64_t depth) const {
     const int64_t panel = kernels_.panel();
@@ -144,8 +148,9 @@ class WgradWorker {
         return ld;
       }
     }
-    const int64_t ld = ceil_div(rows, kernels_.lanes) * kernels_.lanes;
-    kernels_.pack_transposed(pointers_, rows, count, ld, packed_);
+    const int64_t ld = ceil_div(ceil_div(rows, packing()), kernels_.lanes) * kernels_.lanes;
+    const auto pack = packing() == 2 ? kernels_.pack_pairs_transposed : kernels_.pack_transposed;
+    pack(pointers_, rows, count, ld, packed_);
     return ld;
   }
 
@@ -182,22 +187,26 @@ class WgradWorker {
     }
   }
 
-  // The strip (+)= sum over depth of p[i][r] * panels[r, :], a few output rows at a time, from end to end. `part`:
-  // which rows of the expert these are; the tile holds the sums until the last ones have been added.
+  // The strip (+)= sum over `depth` rows, of p[i][r] * panels[r, :] or of pairs of those, a few output rows at a time,
+  // from end to end. `part`: which rows of the expert these are; the tile holds the sums until the last ones have been
+  // added.
   void add_products(const Strip& strip, const Real* p, int64_t ld, int64_t depth, DotPart part) {
     const int64_t widest = kernels_.panel(), step = kernels_.tile_rows(kernels_.tile_vectors);
     const Real* row[kMaxTileRows];
-    kernels_.pack(pointers_, depth, strip.columns, widest, panels_);
+    const int64_t products = ceil_div(depth, packing());
+    const auto pack = packing() == 2 ? kernels_.pack_pairs : kernels_.pack;
+    const auto outer = packing() == 2 ? kernels_.outer_pairs : kernels_.outer;
+    pack(pointers_, depth, strip.columns, widest, panels_);
     for (int64_t i = 0; i < strip.rows; i += step) {
       const int64_t rows = std::min<int64_t>(step, strip.rows - i);
       for (int64_t x = 0; x < rows; ++x) row[x] = p + (i + x) * ld;
       const Real* panel = panels_;
-      for (int64_t j = 0; j < strip.columns; j += widest, panel += depth * widest) {
+      for (int64_t j = 0; j < strip.columns; j += widest, panel += products * widest) {
         const int64_t used = std::min(widest, strip.columns - j), vectors = ceil_div(used, kernels_.lanes);
         Storage* output = strip.output + i * args_.n + j;
         const auto multiply = [&](Real* c, int64_t ldc, TileStore how) {
-          kernels_.outer(static_cast<int>(rows), static_cast<int>(vectors * kernels_.lanes), row, panel, widest, depth,
-                         c, ldc, how);
+          outer(static_cast<int>(rows), static_cast<int>(vectors * kernels_.lanes), row, panel, widest, products, c,
+                ldc, how);
         };
         if constexpr (std::is_same_v<Storage, Real>) {
           if (used == vectors * kernels_.lanes) {

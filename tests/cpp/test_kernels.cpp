@@ -1,0 +1,144 @@
+// The micro-kernels by themselves, on every size of tile that they have: the operators reach some of them rarely.
+#include "gemm/kernels.h"
+
+#include "support.h"
+
+namespace moe::test {
+namespace {
+
+// Widths of `outer` in numbers: whole vectors, and with a narrow one at the end.
+template <typename Storage>
+std::vector<int64_t> widths(const Kernels<Storage>& table, int64_t rows) {
+  std::vector<int64_t> found;
+  for (int64_t width = table.narrow_lanes; width <= table.panel(); width += table.narrow_lanes) {
+    if (rows * ((width + table.lanes - 1) / table.lanes) <= table.accumulators) found.push_back(width);
+  }
+  return found;
+}
+
+// c = what `how` makes of a tile that holds `before`, against sums of products; nothing beside the tile is written.
+// `factors(i, j, x, add)` calls add with each product of step x.
+template <typename Real, typename Outer, typename Products>
+void check_tile(const Outer& outer, int64_t rows, int64_t width, TileStore how, int64_t k, const Products& products) {
+  const int64_t ldc = width + 16;  // rows stay on multiples of kStreamAlignment when the width does
+  const auto before = random_values<Real>(rows * ldc + 64, 5);
+  std::vector<Real> memory = before;
+  const size_t misaligned = reinterpret_cast<uintptr_t>(memory.data()) % kStreamAlignment / sizeof(Real);
+  Real* c = memory.data() + (kStreamAlignment / sizeof(Real) - misaligned) % (kStreamAlignment / sizeof(Real));
+  const int64_t begin = c - memory.data();
+  outer(c, ldc, how);
+  bool close = true, untouched = true;
+  for (int64_t i = 0; i < static_cast<int64_t>(memory.size()); ++i) {
+    const int64_t row = (i - begin) / ldc, column = (i - begin) % ldc;
+    if (i < begin || row >= rows || column >= width) {
+      untouched &= std::memcmp(&memory[i], &before[i], sizeof(Real)) == 0;
+      continue;
+    }
+    Sum sum;
+    if (how == TileStore::kAdd) sum.add(before[i]);
+    for (int64_t x = 0; x < k; ++x) products(row, column, x, sum);
+    close &= is_close(memory[i], sum);
+  }
+  CHECK(close);
+  CHECK(untouched);
+}
+
+TEST(kernels_outer_on_every_tile) {
+  for_each_type([]<typename Storage>(std::type_identity<Storage>) {
+    using Real = Wide<Storage>;
+    const Kernels<Storage>& table = kernels<Storage>();
+    for (int64_t rows = 1; rows <= kMaxTileRows; ++rows) {
+      for (const int64_t width : widths(table, rows)) {
+        for (const int64_t k : {0, 1, 7}) {
+          const Context c(std::to_string(rows) + " x " + std::to_string(width) + " x " + std::to_string(k));
+          const auto p = random_values<Real>(rows * k, 1), q = random_values<Real>(k * (width + 3), 2);
+          const Real* row[kMaxTileRows];
+          for (int64_t i = 0; i < rows; ++i) row[i] = p.data() + i * k;
+          for (const TileStore how : {TileStore::kWrite, TileStore::kAdd, TileStore::kStream}) {
+            // Only whole vectors go past the caches.
+            if (how == TileStore::kStream && (width % table.lanes != 0 || width * sizeof(Real) % 64 != 0)) continue;
+            check_tile<Real>(
+                [&](Real* tile, int64_t ldc, TileStore store) {
+                  table.outer(static_cast<int>(rows), static_cast<int>(width), row, q.data(), width + 3, k, tile, ldc,
+                              store);
+                  table.finish_streams();
+                },
+                rows, width, how, k,
+                [&](int64_t i, int64_t j, int64_t x, Sum& sum) {
+                  sum.add(static_cast<double>(row[i][x]) * q[x * (width + 3) + j]);
+                });
+          }
+        }
+      }
+    }
+  });
+}
+
+// Rows of a factor in pairs, as pack_pairs and pack_pairs_transposed make them.
+TEST(kernels_pairs_on_every_tile) {
+  const Kernels<BFloat16>& table = kernels<BFloat16>();
+  CHECK((table.outer_pairs == nullptr) == (table.pack_pairs == nullptr));
+  CHECK((table.outer_pairs == nullptr) == (table.pack_pairs_transposed == nullptr));
+  if (table.outer_pairs == nullptr) return;
+  for (int64_t rows = 1; rows <= kMaxTileRows; ++rows) {
+    for (const int64_t width : widths(table, rows)) {
+      for (const int64_t k : {1, 2, 7, 40}) {
+        const Context c(std::to_string(rows) + " x " + std::to_string(width) + " x " + std::to_string(k));
+        const auto left = random_values<BFloat16>(k * rows, 1), right = random_values<BFloat16>(k * width, 2);
+        std::vector<const BFloat16*> left_rows, right_rows;
+        for (int64_t x = 0; x < k; ++x) left_rows.push_back(left.data() + x * rows);
+        for (int64_t x = 0; x < k; ++x) right_rows.push_back(right.data() + x * width);
+        const int64_t pairs = (k + 1) / 2, ld = (pairs + table.lanes - 1) / table.lanes * table.lanes;
+        const int64_t panel = (width + table.lanes - 1) / table.lanes * table.lanes;
+        auto p = unwritten<float>(rows * ld), q = unwritten<float>(pairs * panel);
+        table.pack_pairs_transposed(left_rows.data(), k, rows, ld, p.data());
+        table.pack_pairs(right_rows.data(), k, width, panel, q.data());
+        const float* row[kMaxTileRows];
+        for (int64_t i = 0; i < rows; ++i) row[i] = p.data() + i * ld;
+        for (const TileStore how : {TileStore::kWrite, TileStore::kAdd}) {
+          check_tile<float>(
+              [&](float* tile, int64_t ldc, TileStore store) {
+                table.outer_pairs(static_cast<int>(rows), static_cast<int>(width), row, q.data(), panel, pairs, tile,
+                                  ldc, store);
+              },
+              rows, width, how, k,
+              [&](int64_t i, int64_t j, int64_t x, Sum& sum) {
+                sum.add(static_cast<double>(widen(left[x * rows + i])) * widen(right[x * width + j]));
+              });
+        }
+      }
+    }
+  }
+}
+
+// Panels are padded with zeros, in width and in the second half of the last pair.
+TEST(kernels_packed_pairs_are_padded) {
+  const Kernels<BFloat16>& table = kernels<BFloat16>();
+  if (table.pack_pairs == nullptr) return;
+  const int64_t panel = table.panel();
+  for (const int64_t k : {1, 2, 5}) {
+    for (const int64_t n : {int64_t{1}, panel - 1, panel, panel + 17}) {
+      const Context c(std::to_string(k) + " x " + std::to_string(n));
+      const auto values = random_values<BFloat16>(k * n, 3);
+      std::vector<const BFloat16*> rows;
+      for (int64_t x = 0; x < k; ++x) rows.push_back(values.data() + x * n);
+      const int64_t pairs = (k + 1) / 2, panels = (n + panel - 1) / panel;
+      auto packed = unwritten<float>(panels * pairs * panel);
+      table.pack_pairs(rows.data(), k, n, panel, packed.data());
+      bool same = true;
+      for (int64_t at = 0; at < static_cast<int64_t>(packed.size()); ++at) {
+        const int64_t j = at / (pairs * panel) * panel + at % panel, x = at % (pairs * panel) / panel;
+        BFloat16 pair[2];
+        std::memcpy(pair, &packed[at], sizeof(pair));
+        for (int64_t half = 0; half < 2; ++half) {
+          const bool there = j < n && 2 * x + half < k;
+          same &= widen(pair[half]) == (there ? widen(values[(2 * x + half) * n + j]) : 0.0f);
+        }
+      }
+      CHECK(same);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moe::test
