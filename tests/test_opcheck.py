@@ -74,16 +74,19 @@ def samples():
     maps_alone = (alone.rank_offsets, alone.row_to_slot, alone.slot_to_row, alone.physical_ids)
 
     def ep_experts(**flags):
-        received_counts, received = torch.ops.moe.ep_dispatch(randn(T, H), randn(T, K), *alone, "0")
+        capacity = flags.get("capacity", 0)
+        told = torch.ops.moe.ep_dispatch(randn(T, H), randn(T, K), *alone, "0", capacity=capacity)
+        received_counts, received = told
         received = [torch.ops._c10d_functional.wait_tensor(rows) for rows in received]
         args = (*weights, *maps_alone, received_counts, received, gate_up_bias, down_bias)
         if not flags.get("save", True):  # nothing is kept, so nothing can be differentiated
             args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
         return args, {"activation": "swiglu", **ACTIVATION, "weight_layout": "out_in", **sharing, **flags}
 
-    def ep_experts_backward():
-        args, options = ep_experts()
+    def ep_experts_backward(**flags):
+        args, options = ep_experts(**flags)
         kept = torch.ops.moe.ep_experts(*args, **options)[1]
+        options.pop("capacity", None)
         args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
         return (randn(T, H), *args[1:3], *args[4:9], [tensor.detach() for tensor in kept], *args[10:]), {
             **options, "needs_projections": True, "needs_biases": True,
@@ -135,9 +138,12 @@ def samples():
             ((randn(T, H, dtype=torch.bfloat16), None, None, None, 1, 1), {}),
         ],
         "ep_index": [((rows, randn(1), H, K, exchange.num_local_experts, 7), {})],
-        "ep_dispatch": [((randn(T, H), randn(T, K), *alone, "0"), {"check": True})],
+        "ep_dispatch": [
+            ((randn(T, H), randn(T, K), *alone, "0"), {"check": True}),
+            ((randn(T, H), randn(T, K), *alone, "0"), {"capacity": 3}),
+        ],
         "ep_experts": [ep_experts(), ep_experts(recompute=True, capacity=2 * T), ep_experts(save=False)],
-        "ep_experts_backward": [ep_experts_backward()],
+        "ep_experts_backward": [ep_experts_backward(), ep_experts_backward(capacity=2 * T)],
         "ep_reduce": [
             ((returned, randn(1), exchange.slot_to_row, exchange.physical_ids, H, exchange.num_local_experts), {}),
             ((returned[:, :160].contiguous(), randn(1), exchange.slot_to_row, None, H, 1), {}),

@@ -1,7 +1,7 @@
 """Run by tests/test_expert_parallel.py, one process per rank: a layer over ranks is the layer in one process."""
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import distributed
@@ -107,17 +107,22 @@ def test_equals_one_process(rank, world_size):
 
 
 def test_same_bits_for_chunks_threads_and_runs(rank, world_size):
+    """Of what is this library's: a router of zeros gives torch's matrix products nothing to round."""
+    counts = [2 * count + 5 for count in TOKENS]  # of one rank's rows alone the order by chunk would be that by rank
+    ids = torch.rand(sum(counts[:world_size]), E, generator=torch.Generator().manual_seed(3)).topk(K).indices.int()
     for dtype in (torch.float32, torch.bfloat16):
         expected = None
         for chunks, threads in ((1, 1), (1, 2), (2, 1), (5, 2), (5, 1)):
             torch.set_num_threads(threads)
-            layer = make_layer(dtype, bias=True, num_shared_experts=1)
-            tokens, grads, own = inputs(rank, world_size, dtype, [2 * count for count in TOKENS])
+            layer = make_layer(dtype, bias=True)
+            with torch.no_grad():
+                layer.router.weight.zero_()
+            tokens, grads, own = inputs(rank, world_size, dtype, counts)
             parallel = ExpertParallel(layer, distributed.group.WORLD, num_chunks=chunks)
-            actual = results(parallel, tokens[own], grads[own])
+            actual = results(parallel, tokens[own], grads[own], ids[own])
             expected = expected or actual
             for name, value in actual.items():
-                if threads == 1 or not name.startswith(("router", "shared")):  # whose sums torch splits by threads
+                if threads == 1 or name != "router.weight":  # whose sums torch splits by threads
                     assert torch.equal(value, expected[name]), (dtype, chunks, threads, name)
     torch.set_num_threads(1)
 
@@ -210,12 +215,13 @@ def test_fullgraph(rank, world_size):
     layer = make_layer(num_shared_experts=1)
     counts = [7 + count for count in TOKENS]
     tokens, grads, own = inputs(rank, world_size, counts=counts)
-    parallel = ExpertParallel(layer, distributed.group.WORLD, num_chunks=2)
-    expected = results(parallel, tokens[own], grads[own])
-    compiled = torch.compile(parallel, fullgraph=True, backend="aot_eager")
-    actual = results(compiled, tokens[own], grads[own])
-    for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name.removeprefix("_orig_mod.")])
+    for options in ({"num_chunks": 2}, {"capacity": 64}):
+        parallel = ExpertParallel(layer, distributed.group.WORLD, **options)
+        expected = results(parallel, tokens[own], grads[own])
+        compiled = torch.compile(parallel, fullgraph=True, backend="aot_eager")
+        actual = results(compiled, tokens[own], grads[own])
+        for name, value in actual.items():
+            torch.testing.assert_close(value, expected[name.removeprefix("_orig_mod.")])
 
 
 def test_one_error_on_every_rank(rank, world_size):
@@ -270,18 +276,41 @@ def test_backward_in_different_order(rank, world_size):
     distributed.barrier()
 
 
+@contextmanager
+def no_numbers_read():
+    """What knows how many rows there are is not to be asked."""
+
+    class Forbidden:
+        def __init__(self, *_):
+            raise AssertionError("numbers of rows were read")
+
+    original, exchange.Counts = exchange.Counts, Forbidden
+    yield
+    exchange.Counts = original
+
+
 def test_capacity(rank, world_size):
     """Enough for all, for none, or for some: the same bits, and how many exchanges that takes."""
     tokens, grads, own = inputs(rank, world_size)
     layer = make_layer()
     expected = results(ExpertParallel(layer, distributed.group.WORLD), tokens[own], grads[own])
-    for capacity, sends in ((64, 1), (1, 2), (12, 2), (40, 1)):
-        parallel = ExpertParallel(layer, distributed.group.WORLD, num_chunks=1, capacity=capacity)
-        with counted_bytes(rank) as sent:
+    for capacity, chunks, enough in (
+        (64, 1, True),
+        (1, 1, False),
+        (12, 1, False),
+        (40, 1, True),
+        (40, 3, True),
+        (3, 3, 0),
+    ):
+        parallel = ExpertParallel(
+            layer, distributed.group.WORLD, num_chunks=chunks, capacity=capacity, check=chunks > 1
+        )
+        with counted_bytes(rank) as sent, no_numbers_read() if enough else nullcontext():
             actual = results(parallel, tokens[own], grads[own])
-        assert len(sent) == 4 + sends, (capacity, sent)  # beside the counts, back, and both ways in the backward
+        # Counts, there and back, and both ways in the backward; there and back a second time.
+        assert len(sent) == 1 + chunks * (4 if enough else 6), (capacity, sent)
         for name, value in actual.items():
-            assert torch.equal(value, expected[name]), (capacity, name)
+            assert torch.equal(value, expected[name]), (capacity, chunks, name)
 
 
 def test_tuned_chunks(rank, world_size):

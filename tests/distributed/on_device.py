@@ -9,7 +9,7 @@ from torch import distributed
 from torch_moe.distributed import ExpertParallel, Placement
 from torch_moe.testing import assert_close
 
-COUNTS = (40, 0, 7, 33)
+COUNTS = (40, 7, 0, 33)
 OPTIONS = {"bias": True, "num_shared_experts": 1}
 
 

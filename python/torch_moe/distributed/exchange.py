@@ -6,7 +6,7 @@ by name, so that operators and compiled graphs can carry them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -82,6 +82,73 @@ def check_splits(send: Sequence[int], receive: Sequence[int], group_name: str, d
         raise RuntimeError("exchange: the numbers of rows must agree between ranks, but " + "; ".join(wrong))
 
 
+def read_later(flag: Tensor) -> Callable[[], int]:
+    """Return a function that gives the flag's value: on a GPU it waits for the flag alone, not for what came after."""
+    if not flag.is_cuda:
+        return lambda: int(flag)
+    host = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+    host.copy_(flag, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+
+    def read() -> int:
+        event.synchronize()
+        return int(host)
+
+    return read
+
+
+class Blocks:
+    """As many rows for each rank, filled or not: sizes that nobody has to read.
+
+    Parameters
+    ----------
+    num_chunks, ranks, capacity : int
+        Blocks of ``capacity`` rows, by (chunk, rank).
+    pairs_per_row : int
+        At most so many (row, expert) pairs come with a row.
+    """
+
+    def __init__(self, num_chunks: int, ranks: int, capacity: int, pairs_per_row: int) -> None:
+        self.num_chunks, self.ranks, self.capacity = num_chunks, ranks, capacity
+        self.rows_sent = num_chunks * ranks * capacity
+        self._pairs = ranks * capacity * pairs_per_row
+
+    def bounds(self, chunk: int) -> slice:
+        """Return which of the rows to send are those of a chunk."""
+        size = self.ranks * self.capacity
+        return slice(chunk * size, (chunk + 1) * size)
+
+    def send(self, chunk: int) -> list[int]:
+        """Return the rows of a chunk that go to each rank."""
+        return [self.capacity] * self.ranks
+
+    receive = send
+
+    def pairs(self, chunk: int) -> int:
+        """Return how many (row, expert) pairs come with a chunk, at most."""
+        return self._pairs
+
+    def few_rows(self, limit: int) -> bool:
+        """Return whether no expert has more rows than ``limit``: not known, so no."""
+        return False
+
+    def slots(self, rank_offsets: Tensor, row_to_slot: Tensor) -> Tensor:
+        """Return the slots of rows that lie in blocks; -1 for a row that is not filled."""
+        places = torch.arange(self.capacity, dtype=torch.int32, device=rank_offsets.device)
+        filled = places < rank_offsets.diff().unsqueeze(1)  # [blocks, capacity]
+        rows = (rank_offsets[:-1].unsqueeze(1) + places).where(filled, row_to_slot.shape[0])
+        return torch.cat([row_to_slot, row_to_slot.new_full((1,), -1)])[rows.flatten()]
+
+    def returned(self, rows: Tensor, rank_offsets: Tensor, row_to_slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what came back in blocks as rows of the plan, and their slots."""
+        number = torch.arange(row_to_slot.shape[0], dtype=torch.int32, device=rank_offsets.device)
+        block = torch.bucketize(number, rank_offsets[1:], right=True, out_int32=True)
+        block = block.clamp(max=self.num_chunks * self.ranks - 1)  # rows that the plan left empty are in none
+        place = (number - rank_offsets[block]).clamp(max=self.capacity - 1)
+        return rows[block * self.capacity + place], row_to_slot
+
+
 class Counts:
     """Who sends how much to whom: read from the plan and from what the other ranks told.
 
@@ -117,10 +184,14 @@ class Counts:
         """Return how many (row, expert) pairs come with a chunk."""
         return sum(row[self.num_chunks + chunk] for row in self._received)
 
-    def most_rows_of_an_expert(self) -> int:
-        """Return the load of the busiest expert of this rank, over all chunks."""
+    def few_rows(self, limit: int) -> bool:
+        """Return whether no expert of this rank has more rows than ``limit``, over all chunks."""
         loads = [row[2 * self.num_chunks : -1] for row in self._received]
-        return max(map(sum, zip(*loads, strict=True)), default=0)
+        return max(map(sum, zip(*loads, strict=True)), default=0) <= limit
+
+    def returned(self, rows: Tensor, _: Tensor, row_to_slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what came back, which is in the order of the plan, and the slots of these rows."""
+        return rows, row_to_slot[: self.rows_sent]
 
     def check(self, row_bytes: int, top_k: int) -> None:
         """Raise where what a rank told cannot be: another row format, or another number of pairs than its experts'."""

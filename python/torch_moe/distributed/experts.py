@@ -43,61 +43,39 @@ def _dispatch(
 ) -> tuple[Tensor, list[Tensor]]:
     """Start the exchange of all chunks; the rows are not there yet.
 
-    With a capacity, so many rows go to each rank per chunk, filled or not, before anybody knows how many there are.
-    Where one rank has more for another, all ranks send again, exactly.
+    With a capacity, so many rows go to each rank per chunk, filled or not, before anybody knows how many there are, and
+    no number is read: how many rows this rank has for another at most is told with the counts, to be looked at later.
     """
     ranks, top_k = slot_to_row.shape[1], physical_ids.shape[1]
     num_chunks = (rank_offsets.shape[0] - 1) // ranks
+    num_local_experts = counts.shape[1] - 2 * num_chunks
     size = _row_bytes(hidden_states, top_k, wire)
-    told = torch.cat([counts, counts.new_full((ranks, 1), size)], dim=1)
-    equal = [1] * ranks
-    answer = exchange.start(told, equal, equal, group_name)  # in flight while the rows are packed
-    rows = torch.ops.moe.ep_pack(
-        hidden_states,
-        topk_weights,
-        physical_ids,
-        row_to_slot,
-        ranks,
-        counts.shape[1] - 2 * num_chunks,
-        wire=wire,
-    )
-    early, too_many = [], None
+    told = [counts, counts.new_full((ranks, 1), size)]
     if capacity > 0:
-        early = [
-            exchange.start(part, [capacity] * ranks, [capacity] * ranks, group_name)
-            for part in _padded(rows, rank_offsets, ranks, capacity)
-        ]
-        most = rank_offsets.diff().amax().view(1)
-        too_many = torch.ops._c10d_functional.all_reduce(most, "max", group_name)
+        told.append(rank_offsets.diff().amax().expand(ranks, 1))
+    equal = [1] * ranks
+    answer = exchange.start(torch.cat(told, dim=1), equal, equal, group_name)  # in flight while the rows are packed
+    if capacity > 0:
+        blocks = exchange.Blocks(num_chunks, ranks, capacity, min(top_k, num_local_experts))
+        row_to_slot = blocks.slots(rank_offsets, row_to_slot)
+    rows = torch.ops.moe.ep_pack(
+        hidden_states, topk_weights, physical_ids, row_to_slot, ranks, num_local_experts, wire=wire
+    )
+    if capacity > 0:
+        return answer, _sent(rows, blocks, group_name)
     received_counts = exchange.wait(answer)
     known = exchange.Counts(rank_offsets, received_counts)
     known.check(size, top_k)
-    if too_many is not None:
-        if int(exchange.wait(too_many)) <= capacity:
-            return received_counts, early
-        for part in early:
-            exchange.wait(part)
-    received = []
-    for chunk in range(num_chunks):
-        send, receive = known.send(chunk), known.receive(chunk)
-        received.append(exchange.start(rows[known.bounds(chunk)], send, receive, group_name, check=check))
-    return received_counts, received
+    return received_counts, _sent(rows, known, group_name, check=check)
 
 
-def _padded(rows: Tensor, rank_offsets: Tensor, ranks: int, capacity: int) -> list[Tensor]:
-    """Return, per chunk, ``capacity`` rows for each rank: its own, and whatever follows them."""
-    if rows.shape[0] == 0:
-        rows = rows.new_zeros(1, rows.shape[1])
-    places = torch.arange(capacity, device=rows.device, dtype=rank_offsets.dtype)
-    index = (rank_offsets[:-1].unsqueeze(1) + places).clamp(max=rows.shape[0] - 1)
-    return [rows[part.flatten()] for part in torch.split(index, ranks)]
-
-
-def _arrived(rows: Tensor, receive: list[int], capacity: int) -> Tensor:
-    """Return the rows that hold something, of each rank's block of ``capacity``; exact rows as they are."""
-    if capacity == 0 or rows.shape[0] != len(receive) * capacity or max(receive) > capacity:
-        return rows
-    return torch.cat([block[:filled] for block, filled in zip(torch.split(rows, capacity), receive, strict=True)])
+def _sent(
+    rows: Tensor, known: exchange.Counts | exchange.Blocks, group_name: str, *, check: bool = False
+) -> list[Tensor]:
+    return [
+        exchange.start(rows[known.bounds(c)], known.send(c), known.receive(c), group_name, check=check)
+        for c in range(known.num_chunks)
+    ]
 
 
 def _row_bytes(hidden_states: Tensor, top_k: int, wire: str) -> int:
@@ -125,10 +103,10 @@ def _(
     size = _row_bytes(hidden_states, physical_ids.shape[1], wire)
     context = torch.library.get_ctx()
     received = [
-        hidden_states.new_empty((context.new_dynamic_size(), size), dtype=torch.uint8)
+        hidden_states.new_empty((ranks * capacity or context.new_dynamic_size(), size), dtype=torch.uint8)
         for _ in range((rank_offsets.shape[0] - 1) // ranks)
     ]
-    return counts.new_empty((ranks, counts.shape[1] + 1)), received
+    return counts.new_empty((ranks, counts.shape[1] + (2 if capacity else 1))), received
 
 
 def _experts(
@@ -154,40 +132,64 @@ def _experts(
     recompute: bool = False,
     **options: Options,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute what arrived, chunk by chunk, and sum what comes back."""
-    known = exchange.Counts(rank_offsets, received_counts)
-    top_k, hidden_size = topk_weights.shape[1], hidden_states.shape[1]
-    row_invariant = known.most_rows_of_an_expert() > _FEW_ROWS
-    returned, saved = [], []
-    for chunk, rows in enumerate(received):
-        index = torch.ops.moe.ep_index(
-            _arrived(exchange.wait(rows), known.receive(chunk), capacity),
-            hidden_states,
-            hidden_size,
-            top_k,
-            gate_up_proj.shape[0],
-            known.pairs(chunk),
-            wire=wire,
+    """Compute what arrived, chunk by chunk, and sum what comes back.
+
+    With a capacity everything is computed first; where one rank had more rows than that for another, all do it again,
+    exactly.
+    """
+    ranks, top_k = slot_to_row.shape[1], topk_weights.shape[1]
+
+    def compute(known: exchange.Counts | exchange.Blocks, received: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        row_invariant = not known.few_rows(_FEW_ROWS)
+        returned, saved = [], []
+        for chunk, rows in enumerate(received):
+            index = torch.ops.moe.ep_index(
+                exchange.wait(rows),
+                hidden_states,
+                hidden_states.shape[1],
+                top_k,
+                gate_up_proj.shape[0],
+                known.pairs(chunk),
+                wire=wire,
+            )
+            tokens, weights, *plan = index
+            sums, pre_activation = torch.ops.moe.experts(
+                tokens,
+                gate_up_proj,
+                down_proj,
+                weights,
+                *plan,
+                gate_up_bias,
+                down_bias,
+                row_invariant=row_invariant,
+                save_pre_activation=save and not recompute,
+                **options,
+            )
+            returned.append(exchange.start(sums, known.receive(chunk), known.send(chunk), group_name, check=check))
+            if save:
+                saved += [*index, pre_activation]
+        sums = _joined([exchange.wait(rows) for rows in returned])
+        sums, slots = known.returned(sums, rank_offsets, row_to_slot)
+        return torch.ops.moe.combine(sums, None, rank_offsets, slots, slot_to_row), saved
+
+    if capacity == 0:
+        return compute(exchange.Counts(rank_offsets, received_counts), received)
+    received_counts = exchange.wait(received_counts)
+    size = _row_bytes(hidden_states, top_k, wire)
+    refused = (received_counts[:, -1] > capacity) | (received_counts[:, -2] != size)
+    is_refused = exchange.read_later(refused.any())
+    num_chunks = len(received)
+    output, saved = compute(exchange.Blocks(num_chunks, ranks, capacity, min(top_k, num_local_experts)), received)
+    block = capacity
+    if is_refused():
+        known, block = exchange.Counts(rank_offsets, received_counts[:, :-1]), 0
+        known.check(size, top_k)
+        rows = torch.ops.moe.ep_pack(
+            hidden_states, topk_weights, physical_ids, row_to_slot, ranks, num_local_experts, wire=wire
         )
-        tokens, weights, *plan = index
-        sums, pre_activation = torch.ops.moe.experts(
-            tokens,
-            gate_up_proj,
-            down_proj,
-            weights,
-            *plan,
-            gate_up_bias,
-            down_bias,
-            row_invariant=row_invariant,
-            save_pre_activation=save and not recompute,
-            **options,
-        )
-        returned.append(exchange.start(sums, known.receive(chunk), known.send(chunk), group_name, check=check))
-        if save:
-            saved += [*index, pre_activation]
-    sums = _joined([exchange.wait(rows) for rows in returned])
-    output = torch.ops.moe.combine(sums, None, rank_offsets, row_to_slot[: known.rows_sent], slot_to_row)
-    return output, saved
+        output, saved = compute(known, _sent(rows, known, group_name, check=check))
+    # The backward has to know which it was.
+    return output, [*saved, rank_offsets.new_zeros(block)] if save else saved
 
 
 def _joined(chunks: list[Tensor]) -> Tensor:
@@ -210,6 +212,7 @@ def _(
     down_bias: Tensor | None = None,
     *,
     weight_layout: str,
+    capacity: int = 0,
     save: bool = True,
     recompute: bool = False,
     **options: Options,
@@ -228,6 +231,8 @@ def _(
             rank_offsets.new_empty((num_rows, topk_weights.shape[1])),
             hidden_states.new_empty((0 if recompute else pairs, width)),
         ]
+    if save and capacity > 0:
+        saved.append(rank_offsets.new_empty((context.new_dynamic_size(),)))
     return hidden_states.new_empty(hidden_states.shape), saved
 
 
@@ -252,15 +257,23 @@ def _experts_backward(
     **options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send gradients of the outputs along the plan, and what they make of tokens and weights back."""
-    known = exchange.Counts(rank_offsets, received_counts)
-    options["row_invariant"] = known.most_rows_of_an_expert() > _FEW_ROWS
-    chunks = [saved[first : first + _SAVED] for first in range(0, len(saved), _SAVED)]
-    used, hidden_size = row_to_slot[: known.rows_sent], grad_output.shape[1]
-    rows = torch.ops.moe.permute(grad_output, rank_offsets, used, slot_to_row)
-    arriving = [
-        exchange.start(rows[known.bounds(c)], known.send(c), known.receive(c), group_name, check=check)
-        for c in range(len(chunks))
-    ]
+    num_chunks, ranks, hidden_size = len(saved) // _SAVED, slot_to_row.shape[1], grad_output.shape[1]
+    chunks = [saved[first : first + _SAVED] for first in range(0, num_chunks * _SAVED, _SAVED)]
+    has_capacity = len(saved) > num_chunks * _SAVED
+    known: exchange.Counts | exchange.Blocks
+    if has_capacity and saved[-1].shape[0] > 0:
+        block = saved[-1].shape[0]
+        known = exchange.Blocks(num_chunks, ranks, block, chunks[0][3].shape[0] // (ranks * block))
+    else:
+        known = exchange.Counts(rank_offsets, received_counts[:, :-1] if has_capacity else received_counts)
+    options["row_invariant"] = not known.few_rows(_FEW_ROWS)
+    if isinstance(known, exchange.Counts):
+        rows = torch.ops.moe.permute(grad_output, rank_offsets, row_to_slot[: known.rows_sent], slot_to_row)
+    elif len(grad_output) > 0:  # a row that is not filled takes any gradient: no expert reads it
+        rows = grad_output[(known.slots(rank_offsets, row_to_slot) // ranks).clamp(min=0)]
+    else:
+        rows = grad_output.new_zeros(known.rows_sent, hidden_size)
+    arriving = _sent(rows, known, group_name, check=check)
     # With several chunks the rows are put together once, for which a rank without experts has no use.
     at_once = len(chunks) == 1 or gate_up_proj.shape[0] == 0
     returned, grads = [], []
@@ -295,7 +308,7 @@ def _experts_backward(
             needs_biases=needs_biases,
             **options,
         )
-    packed = _joined([exchange.wait(rows) for rows in returned])
+    packed = known.returned(_joined([exchange.wait(rows) for rows in returned]), rank_offsets, row_to_slot)[0]
     grad_hidden, grad_weights = torch.ops.moe.ep_reduce(
         packed, grad_output, slot_to_row, physical_ids, hidden_size, num_local_experts
     )
@@ -303,7 +316,7 @@ def _experts_backward(
 
 
 def _parameter_gradients(
-    known: exchange.Counts,
+    known: exchange.Counts | exchange.Blocks,
     chunks: list[list[Tensor]],
     grads: list[Tensor],
     projections: tuple[Tensor, Tensor],

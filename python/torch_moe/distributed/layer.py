@@ -232,9 +232,10 @@ class ExpertParallel(MoE):
         The type of tokens on their way to the experts: see :func:`torch_moe.ops.ep_pack`. What comes back, and all
         gradients, have the type of the tokens.
     capacity : int, default=None
-        Send so many rows to each rank per chunk, filled or not, without waiting for the numbers of rows: one latency
-        less per forward, more bytes. Where a rank has more for another, all send again, exactly: nothing is dropped.
-        None: as many rows as there are.
+        Send so many rows to each rank per chunk, filled or not, and wait for no number: all shapes are known before.
+        Whether that was enough everywhere is read once the output was computed; if not, all ranks do it again, exactly:
+        nothing is dropped. The backward of enough reads nothing. Costs more bytes, and memory for ``min(top_k, local
+        experts)`` pairs per row. None: as many rows as there are.
     check : bool, default=False
         Before each exchange, also in the backward, compare between all ranks how many rows they are about to send and
         to receive: backends move garbage where those differ, as when ranks call their layers in different order.
