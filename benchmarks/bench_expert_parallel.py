@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace, ranks: int) -> dict[str, float]:
     result["formula"] = copies(ranks, options.experts, options.top_k)
     result["bytes"] = (int(plan.rank_offsets[-1]) - own) * packed.shape[1] / options.tokens
     k_copies = options.top_k * (1 - 1 / ranks) * packed.shape[1]
-    result["fewer"] = k_copies / result["bytes"]
+    result["fewer"] = k_copies / result["bytes"] if result["bytes"] else 1.0  # one rank sends nothing either way
     result["balance"] = max(rank.loads) * ranks / sum(rank.loads)
     return result
 
