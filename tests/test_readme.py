@@ -125,7 +125,7 @@ def test_two_meshes_example_runs(tmp_path):
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
-    norms = re.findall(r"^norm (\S+)$", done.stdout, re.MULTILINE)
+    norms = re.findall(r"norm (\d+\.\d{4})", done.stdout)  # ranks may share a line
     assert len(norms) == 12
     assert all(norms.count(norm) % 4 == 0 for norm in norms), norms
     assert len(list((tmp_path / "checkpoint").glob("*.distcp"))) == 4

@@ -97,6 +97,15 @@ def experts(
         down_bias = None if down_bias is None else down_bias.to(dtype)
     differentiable = (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    options = {
+        "activation": activation,
+        "gate_layout": gate_layout,
+        "weight_layout": weight_layout,
+        "alpha": alpha,
+        "limit": limit,
+        "up_offset": up_offset,
+        "row_invariant": row_invariant,
+    }
     output: Tensor
     if isinstance(plan, Tensor):
         if not needs_grad:
@@ -108,13 +117,7 @@ def experts(
                 plan,
                 gate_up_bias,
                 down_bias,
-                activation=activation,
-                gate_layout=gate_layout,
-                weight_layout=weight_layout,
-                alpha=alpha,
-                limit=limit,
-                up_offset=up_offset,
-                row_invariant=row_invariant,
+                **options,
             )
             return output
         plan = make_plan(plan, gate_up_proj.shape[0])
@@ -126,13 +129,7 @@ def experts(
         *plan,
         gate_up_bias,
         down_bias,
-        activation=activation,
-        gate_layout=gate_layout,
-        weight_layout=weight_layout,
-        alpha=alpha,
-        limit=limit,
-        up_offset=up_offset,
-        row_invariant=row_invariant,
+        **options,
         save_pre_activation=needs_grad and not recompute,
         accumulate=accumulate,
     )[0]
