@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import needs_distributed, run_ranks
 
 from torch_moe import ops
 from torch_moe.distributed import count_moves, placement_of, rank_loads, solve_placement
@@ -127,3 +128,9 @@ def test_impossible_arguments_are_named(change, message):
     arguments = {"loads": torch.ones(2), "ep_size": 2, **change}
     with pytest.raises(ValueError, match=message):
         solve_placement(**arguments)
+
+
+@needs_distributed
+def test_several_experts_of_a_pair_of_ranks_move(tmp_path):
+    """With all that the layer has beside its experts."""
+    run_ranks("moving.py", 2, tmp_path)

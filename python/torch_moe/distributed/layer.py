@@ -15,7 +15,7 @@ from torch_moe.distributed.checkpoint import load_experts, save_experts
 from torch_moe.distributed.exchange import local
 from torch_moe.distributed.placement import Placement
 from torch_moe.nn._common import require, uniform_by_fan_in_
-from torch_moe.nn.layer import ExtendedRouting, MoE, Routing
+from torch_moe.nn.layer import BESIDE_EXPERTS, ExtendedRouting, MoE, Routing
 from torch_moe.ops._common import autocast_dtype
 from torch_moe.ops.ep_pack import WIRES
 
@@ -269,11 +269,9 @@ class ExpertParallel(MoE):
         _agree(facts, _problem(layer, placement, mesh.size(), options), mesh)
         nn.Module.__init__(self)
         self.config = layer.config
-        self.router = layer.router
+        for name in BESIDE_EXPERTS:
+            setattr(self, name, getattr(layer, name))
         self.experts: Any = ShardedExperts(layer.experts, mesh, placement=placement, **options)  # type: ignore[arg-type]
-        self.shared_experts = layer.shared_experts
-        self.latent_down, self.latent_up = layer.latent_down, layer.latent_up
-        self.output_bias, self.output_norm = layer.output_bias, layer.output_norm
 
     def forward(  # type: ignore[override]
         self,

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 
 from torch_moe.distributed import exchange
 from torch_moe.distributed.layer import ExpertParallel
-from torch_moe.nn.layer import MoE
+from torch_moe.nn.layer import BESIDE_EXPERTS, MoE
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,7 +31,7 @@ def move_experts(
     Parameters
     ----------
     layer : ExpertParallel
-        With any placement. Its router, shared experts and options are those of the result; its experts are given up.
+        With any placement. All but its experts, and its options, are those of the result; its experts are given up.
     placement : Placement
         Which rank of ``group`` computes which expert from now on.
     group : DeviceMesh or ProcessGroup, default=None
@@ -88,7 +88,8 @@ def _whole(layer: ExpertParallel) -> MoE:
     """Return the layer in one process, its experts without memory."""
     with torch.device("meta"):
         whole = MoE.from_config(layer.config)
-    whole.router, whole.shared_experts = layer.router, layer.shared_experts
+    for name in BESIDE_EXPERTS:
+        setattr(whole, name, getattr(layer, name))
     for name, parameter in layer.experts.named_parameters(recurse=False):
         getattr(whole.experts, name).requires_grad_(parameter.requires_grad)
     return whole
