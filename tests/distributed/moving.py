@@ -9,7 +9,7 @@ from torch import distributed
 
 from torch_moe import MoE
 from torch_moe.distributed import ExpertParallel, Placement, move_experts
-from torch_moe.nn.layer import BESIDE_EXPERTS
+from torch_moe.nn.layer import OPTIONAL_PARTS
 from torch_moe.testing import assert_close
 
 H, LATENT, I, E, K, T = 16, 12, 24, 8, 2, 20  # noqa: E741
@@ -36,8 +36,9 @@ def main(rank, world_size, path):
 
     for name, parameter in moved.experts.named_parameters():
         assert torch.equal(parameter, plain.experts.get_parameter(name)[AFTER[rank]]), name
-    for name in BESIDE_EXPERTS:
+    for name in ("router", *OPTIONAL_PARTS):
         assert getattr(moved, name) is getattr(layer, name), name
+    assert [name for name, _ in moved.named_parameters()] == [name for name, _ in plain.named_parameters()]
     x = torch.randn(T, H)
     with torch.no_grad():
         assert_close(moved(x), copy.deepcopy(plain).double()(x.double()), H, LATENT, I, K, 2)

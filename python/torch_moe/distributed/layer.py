@@ -15,7 +15,7 @@ from torch_moe.distributed.checkpoint import load_experts, save_experts
 from torch_moe.distributed.exchange import local
 from torch_moe.distributed.placement import Placement
 from torch_moe.nn._common import require, uniform_by_fan_in_
-from torch_moe.nn.layer import BESIDE_EXPERTS, ExtendedRouting, MoE, Routing
+from torch_moe.nn.layer import OPTIONAL_PARTS, ExtendedRouting, MoE, Routing
 from torch_moe.ops._common import autocast_dtype
 from torch_moe.ops.ep_pack import WIRES
 
@@ -269,9 +269,10 @@ class ExpertParallel(MoE):
         _agree(facts, _problem(layer, placement, mesh.size(), options), mesh)
         nn.Module.__init__(self)
         self.config = layer.config
-        for name in BESIDE_EXPERTS:
-            setattr(self, name, getattr(layer, name))
+        self.router = layer.router
         self.experts: Any = ShardedExperts(layer.experts, mesh, placement=placement, **options)  # type: ignore[arg-type]
+        for name in OPTIONAL_PARTS:
+            setattr(self, name, getattr(layer, name))
 
     def forward(  # type: ignore[override]
         self,

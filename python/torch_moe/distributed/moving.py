@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 
 from torch_moe.distributed import exchange
 from torch_moe.distributed.layer import ExpertParallel
-from torch_moe.nn.layer import BESIDE_EXPERTS, MoE
+from torch_moe.nn.layer import OPTIONAL_PARTS, MoE
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -88,7 +88,8 @@ def _whole(layer: ExpertParallel) -> MoE:
     """Return the layer in one process, its experts without memory."""
     with torch.device("meta"):
         whole = MoE.from_config(layer.config)
-    for name in BESIDE_EXPERTS:
+    whole.router = layer.router
+    for name in OPTIONAL_PARTS:
         setattr(whole, name, getattr(layer, name))
     for name, parameter in layer.experts.named_parameters(recurse=False):
         getattr(whole.experts, name).requires_grad_(parameter.requires_grad)

@@ -14,8 +14,8 @@ from torch_moe.nn.experts import Experts
 from torch_moe.nn.router import ExtendedRouterOutput, RouterOutput, TopKRouter
 
 _EXPERTS_OPTIONS = {field.name for field in fields(ExpertsConfig)}
-# All that a layer has beside its experts: a layer over several ranks takes these over as they are.
-BESIDE_EXPERTS = ("router", "shared_experts", "latent_down", "latent_up", "output_bias", "output_norm")
+# What a layer may have beside its router and its experts: a layer over several ranks takes these over as they are.
+OPTIONAL_PARTS = ("shared_experts", "latent_down", "latent_up", "output_norm", "output_bias")
 # What the shared experts do not take over from the routed ones.
 _ROUTED_ONLY = {"weight_layout", "weight_position", "recompute", "accumulate", "dropout", "expert_dropout"}
 
