@@ -116,12 +116,13 @@ Tensor routed_experts(const Tensor& hidden_states, const Tensor& gate_up_proj, c
                       std::optional<double> limit, double up_offset, bool row_invariant) {
   const Op op("routed_experts", hidden_states);
   const int64_t num_experts = op.argument("gate_up_proj", gate_up_proj).rank(3, "[num_experts, ..]").size(0);
-  const auto [offsets, rows, slots] = make_plan<Device>(op, topk_ids, num_experts, std::nullopt);
-  const ExpertsTensors tensors(op, PlanTensors(op, offsets, rows, slots),
+  const NewPlan plan = new_plan(op, topk_ids, num_experts, std::nullopt);
+  const ExpertsTensors tensors(op, PlanTensors(op, plan.expert_offsets, plan.row_to_slot, plan.slot_to_row),
                                parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
                                parse_weight_layout(op, weight_layout), row_invariant, hidden_states, gate_up_proj,
                                down_proj, topk_weights, gate_up_bias, down_bias);
   Tensor output = op.empty({tensors.plan.num_tokens(), tensors.hidden_size}, tensors.type());
+  op.run<Device>(plan.args);  // after all checks
   op.run<Device>(ExpertsArgs{.output = output.mutable_data_ptr(), .pre_activation = nullptr, .layer = tensors.layer()});
   return output;
 }

@@ -10,9 +10,14 @@
 
 namespace moe {
 
-template <typename Device>
-std::tuple<Tensor, Tensor, Tensor> make_plan(const Op& op, const Tensor& topk_ids, int64_t num_experts,
-                                             std::optional<int64_t> capacity) {
+// A plan that is checked and allocated, and yet to be made by running `args`.
+struct NewPlan {
+  Argument topk_ids;
+  Tensor expert_offsets, row_to_slot, slot_to_row;
+  PlanArgs args;
+};
+
+inline NewPlan new_plan(const Op& op, const Tensor& topk_ids, int64_t num_experts, std::optional<int64_t> capacity) {
   const Argument ids = op.argument("topk_ids", topk_ids).rank(2, "[num_tokens, top_k]").type(ScalarType::Int);
   const int64_t num_tokens = ids.size(0), top_k = ids.size(1);
   op.at_least("num_experts", num_experts, 1);
@@ -23,20 +28,23 @@ std::tuple<Tensor, Tensor, Tensor> make_plan(const Op& op, const Tensor& topk_id
   Tensor expert_offsets = op.empty({num_experts + 1}, ScalarType::Int);
   Tensor row_to_slot = op.empty({num_tokens * top_k}, ScalarType::Int);
   Tensor slot_to_row = op.empty({num_tokens, top_k}, ScalarType::Int);
-  op.run<Device>(PlanArgs{.expert_offsets = static_cast<int32_t*>(expert_offsets.mutable_data_ptr()),
-                          .row_to_slot = static_cast<int32_t*>(row_to_slot.mutable_data_ptr()),
-                          .slot_to_row = static_cast<int32_t*>(slot_to_row.mutable_data_ptr()),
-                          .topk_ids = ids.data<int32_t>(),
-                          .num_tokens = num_tokens,
-                          .num_experts = num_experts,
-                          .top_k = top_k,
-                          .capacity = capacity.value_or(-1)});
-  return {expert_offsets, row_to_slot, slot_to_row};
+  const PlanArgs args{.expert_offsets = static_cast<int32_t*>(expert_offsets.mutable_data_ptr()),
+                      .row_to_slot = static_cast<int32_t*>(row_to_slot.mutable_data_ptr()),
+                      .slot_to_row = static_cast<int32_t*>(slot_to_row.mutable_data_ptr()),
+                      .topk_ids = ids.data<int32_t>(),
+                      .num_tokens = num_tokens,
+                      .num_experts = num_experts,
+                      .top_k = top_k,
+                      .capacity = capacity.value_or(-1)};
+  return {ids, expert_offsets, row_to_slot, slot_to_row, args};
 }
 
 template <typename Device>
 std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& topk_ids, int64_t num_experts, std::optional<int64_t> capacity) {
-  return make_plan<Device>(Op("plan", topk_ids), topk_ids, num_experts, capacity);
+  const Op op("plan", topk_ids);
+  const NewPlan plan = new_plan(op, topk_ids, num_experts, capacity);
+  op.run<Device>(plan.args);
+  return {plan.expert_offsets, plan.row_to_slot, plan.slot_to_row};
 }
 
 inline Argument check_offsets(const Op& op, const Tensor& expert_offsets) {
