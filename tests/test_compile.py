@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import expert_inputs, make_plan, randn, run
+from torch._inductor.utils import fresh_cache
 
 import torch_moe
 from torch_moe import ops
@@ -106,15 +107,19 @@ def test_stages(device):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by inductor about torch.jit
 def test_inductor(device):
-    """The default backend, once: it also checks the strides that the fakes promise."""
+    """The default backend, once: it also checks the strides that the fakes promise.
+
+    From an empty cache: its key does not tell what the fakes say, so that a graph compiled before would hide it.
+    """
     layer = torch_moe.MoE(H, I, E, K, num_shared_experts=1, device=device)
     x = randn(T, H, device=device)
     results = []
     for forward in (torch.compile(layer, fullgraph=True), layer):
         layer.zero_grad()
         leaf = x.clone().requires_grad_()
-        output = forward(leaf)
-        output.square().mean().backward()
+        with fresh_cache():
+            output = forward(leaf)
+            output.square().mean().backward()
         results.append([output.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters())])
     for compiled, eager in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
