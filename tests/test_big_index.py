@@ -1,6 +1,8 @@
 """Tensors of more than 2**31 elements: no index overflows. Each test takes up to 6.5 GiB for some seconds."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +13,20 @@ from torch_moe.testing import assert_close
 
 NUM_ROWS, WIDTH = 2049, 2**20
 assert NUM_ROWS * WIDTH > 2**31
+MEMINFO = Path("/proc/meminfo")
 LAST_BELOW = 2047  # the last row whose elements all have an index below 2**31
+
+
+def available_memory():
+    """Bytes; on Linux with the pages of files, which are given up on demand."""
+    if MEMINFO.exists():
+        return int(re.search(r"MemAvailable: *(\d+) kB", MEMINFO.read_text()).group(1)) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(autouse=True)
 def _enough_memory(device):
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if free < 7 * 2**30:
         pytest.skip(f"needs 7 GiB of free memory, there are {free / 2**30:.1f}")
 
@@ -79,6 +86,70 @@ def test_experts(plan, device):
     one_slot = ops.plan(torch.zeros(1, 1, dtype=torch.int32, device=device), 1)
     alone = ops.experts(hidden_states, gate_up, down, weights[:, -1:], one_slot)  # by another kernel: one row
     assert_close(output, alone.double(), WIDTH // 2)
+
+
+def test_combine_backward(plan, device):
+    rows, grad = reserved_rows(device), randn(1, WIDTH, dtype=torch.bfloat16, device=device)
+    rows[-1] = 1 / WIDTH
+    weights = torch.arange(NUM_ROWS, dtype=torch.float32, device=device)[None]
+    grad_rows, grad_weights = torch.ops.moe.combine_backward(grad, rows, weights, *plan)
+    for row in (0, LAST_BELOW, -1):
+        assert torch.equal(grad_rows[row], (grad[0] * weights[0, row]).bfloat16())
+    assert_close(grad_weights[0, -1:], grad.double().mean()[None], WIDTH)
+
+
+def test_activation_backward(device):
+    pre_activation, grad = reserved_rows(device), randn(1, WIDTH // 2, dtype=torch.bfloat16, device=device)
+    pre_activation[-1] = randn(WIDTH, dtype=torch.bfloat16, device=device)
+    options = {"gate_layout": "concat", "alpha": 1.0, "limit": None, "up_offset": 0.0}
+    gradient = torch.ops.moe.activation_backward
+    output = gradient(grad.expand(NUM_ROWS, -1), pre_activation, "swiglu", **options)
+    assert torch.equal(output[-1], gradient(grad, pre_activation[-1:], "swiglu", **options)[0])
+
+
+def test_experts_backward(plan, device):
+    """The gradient of the tokens from that of R x 2I elements of pre-activation; one slot alone has a weight."""
+    like = {"dtype": torch.bfloat16, "device": device}
+    weights = torch.zeros(1, NUM_ROWS, device=device)
+    weights[0, -1] = 1
+    pre_activation = reserved_rows(device)
+    pre_activation[-1] = randn(WIDTH, **like).abs()  # no cancellation in the long sum
+    down, gate_up = (randn(*size, **like, seed=1).abs() / 2**10 for size in ((1, 1, WIDTH // 2), (1, WIDTH, 1)))
+    ones = torch.ones(1, 1, **like)
+    options = {"activation": "reglu", "gate_layout": "concat", "alpha": 1.0, "limit": None, "up_offset": 0.0}
+    options |= {"weight_layout": "out_in", "row_invariant": False, "needs_projections": False, "needs_biases": False}
+
+    def gradients(pre_activation, weights, plan):
+        return torch.ops.moe.experts_backward(
+            ones, ones, pre_activation, gate_up, down, weights, *plan, None, None, **options,
+            needs_hidden_states=True, needs_topk_weights=True,
+        )  # fmt: skip
+
+    actual = gradients(pre_activation, weights, plan)
+    one_slot = ops.plan(torch.zeros(1, 1, dtype=torch.int32, device=device), 1)
+    expected = gradients(pre_activation[-1:], weights[:, -1:], one_slot)
+    assert_close(actual[0], expected[0].double(), WIDTH, WIDTH)  # by another kernel: one row
+    assert_close(actual[3][:, -1:], expected[3].double(), WIDTH, WIDTH)
+
+
+def test_weights(device):
+    """Weights of more than 2**31 elements, of which the last expert is chosen: those of large models have as many."""
+    size, experts = 1024, 2049
+    like = {"dtype": torch.bfloat16, "device": device}
+    weight = torch.empty(experts, size, size, **like)
+    weight[-1] = randn(size, size, **like, seed=1) / size**0.5
+    plan = ops.plan(torch.full((3, 1), experts - 1, dtype=torch.int32, device=device), experts)
+    alone = ops.plan(torch.zeros(3, 1, dtype=torch.int32, device=device), 1)
+    rows, ones = randn(3, size, **like), torch.ones(3, 1, device=device)
+    for layout in ("out_in", "in_out"):
+        output = ops.grouped_gemm(rows, weight, plan.expert_offsets, weight_layout=layout)
+        assert torch.equal(output, ops.grouped_gemm(rows, weight[-1:], alone.expert_offsets, weight_layout=layout))
+        options = {"activation": "gelu", "weight_layout": layout}
+        output = ops.experts(rows, weight, weight, ones, plan, **options)
+        assert torch.equal(output, ops.experts(rows, weight[-1:], weight[-1:], ones, alone, **options))
+    gradient = torch.ops.moe.grouped_gemm_wgrad(rows, rows, plan.expert_offsets)
+    assert torch.equal(gradient[-1:], torch.ops.moe.grouped_gemm_wgrad(rows, rows, alone.expert_offsets))
+    assert not gradient[LAST_BELOW].any()
 
 
 def test_ep_pack_and_reduce(device):
