@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import expert_inputs, make_plan
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_moe import ops
 from torch_moe.testing import SHAPES
@@ -57,3 +58,44 @@ def test_nothing_is_kept_without_leaves():
     storages, output = saved(expert_inputs(SHAPE, torch.float32, "cpu"), plan)
     assert not storages
     assert not output.requires_grad
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the shapes that torch itself allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default):
+            self.shapes.append(tuple(output.shape))
+        return output
+
+
+def test_the_backward_fills_no_gradient_of_what_is_kept():
+    """Autograd would make one of zeros, as large as the pre-activation, for an output that nobody differentiates."""
+    plan = make_plan(SHAPE)
+    inputs = {name: t.requires_grad_() for name, t in expert_inputs(SHAPE, torch.float32, "cpu").items()}
+    output = ops.experts(**inputs, plan=plan)
+    with Allocations() as made:
+        output.backward(torch.ones_like(output))
+    assert (plan.num_rows, 2 * SHAPE.intermediate_size) not in made.shapes
+    assert all(tensor.grad is not None for tensor in inputs.values())
+
+
+def test_an_output_that_nothing_depends_on_has_no_gradients():
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor):
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    inputs = {name: t.requires_grad_() for name, t in expert_inputs(SHAPE, torch.float32, "cpu").items()}
+    output = ops.experts(**inputs, plan=make_plan(SHAPE))
+    Cut.apply(output).sum().backward()
+    assert all(tensor.grad is None or not tensor.grad.any() for tensor in inputs.values())

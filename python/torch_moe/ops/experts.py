@@ -213,6 +213,7 @@ def _setup_context(
     hidden_states, *rest = inputs
     pre_activation = output[1]
     ctx.mark_non_differentiable(pre_activation)
+    ctx.set_materialize_grads(False)  # or each backward fills a gradient of the pre-activation with zeros, for nobody
     ctx.save_for_backward(hidden_states, pre_activation, *rest)
     ctx.accumulate = keyword_only_inputs["accumulate"]
     ctx.options = {
@@ -231,7 +232,9 @@ def _can_accumulate(parameter: Tensor) -> bool:
     )
 
 
-def _backward(ctx: Context, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:  # what comes after says that nothing depends on the output
+        return (None,) * 9
     # The dispatcher leaves out trailing arguments that equal their defaults, biases of None.
     needs_input_grad = (*ctx.needs_input_grad, False, False)[:9]
     hidden, gate_up, down, weights, _, _, _, gate_up_bias, down_bias = needs_input_grad
