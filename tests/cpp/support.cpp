@@ -76,4 +76,18 @@ Plan garbage_plan(const Problem& problem, uint32_t seed) {
   return {garbage(problem.num_experts + 1), garbage(problem.num_rows()), garbage(problem.num_rows())};
 }
 
+std::vector<int64_t> clamped_offsets(const std::vector<int32_t>& expert_offsets, int64_t rows) {
+  std::vector<int64_t> result;
+  int64_t previous = 0;
+  for (const int32_t offset : expert_offsets) result.push_back(previous = std::clamp<int64_t>(offset, previous, rows));
+  return result;
+}
+
+int64_t expert_of(const std::vector<int64_t>& offsets, int64_t row) {
+  for (size_t e = 0; e + 1 < offsets.size(); ++e) {
+    if (offsets[e] <= row && row < offsets[e + 1]) return static_cast<int64_t>(e);
+  }
+  return -1;
+}
+
 }  // namespace moe::test

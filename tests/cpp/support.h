@@ -134,21 +134,30 @@ struct Problem {
 // The edge shapes, by name.
 std::vector<Problem> problems();
 
+// The view of a plan's arrays, wherever they are.
+template <typename Arrays>
+PlanView view_of(const Arrays& plan, const Problem& p) {
+  return {plan.expert_offsets.data(),
+          plan.row_to_slot.data(),
+          plan.slot_to_row.data(),
+          p.num_tokens,
+          p.num_experts,
+          p.top_k,
+          static_cast<int64_t>(plan.row_to_slot.size())};
+}
+
 // A plan, made by a stable sort.
 struct Plan {
   std::vector<int32_t> expert_offsets, row_to_slot, slot_to_row;
-  PlanView view(const Problem& p) const {
-    return {expert_offsets.data(),
-            row_to_slot.data(),
-            slot_to_row.data(),
-            p.num_tokens,
-            p.num_experts,
-            p.top_k,
-            static_cast<int64_t>(row_to_slot.size())};
-  }
+  PlanView view(const Problem& p) const { return view_of(*this, p); }
 };
 Plan sorted_plan(const Problem& problem, int64_t capacity = -1);
 // Maps and offsets that no plan would hold.
 Plan garbage_plan(const Problem& problem, uint32_t seed);
+
+// Offsets as every stage reads them: each clamped to [previous, rows].
+std::vector<int64_t> clamped_offsets(const std::vector<int32_t>& expert_offsets, int64_t rows);
+// The expert of a row, or -1.
+int64_t expert_of(const std::vector<int64_t>& offsets, int64_t row);
 
 }  // namespace moe::test

@@ -1,27 +1,9 @@
 #include "moe/grouped_gemm.h"
 
-#include <algorithm>
-
 #include "support.h"
 
 namespace moe::test {
 namespace {
-
-// The segments that the contract promises of any offsets: each clamped to [previous, rows].
-std::vector<int64_t> segments(const std::vector<int32_t>& offsets, int64_t rows) {
-  std::vector<int64_t> result;
-  int64_t previous = 0;
-  for (const int32_t offset : offsets) result.push_back(previous = std::clamp<int64_t>(offset, previous, rows));
-  return result;
-}
-
-// The expert of a row, or -1.
-int64_t expert_of(const std::vector<int64_t>& offsets, int64_t row) {
-  for (size_t e = 0; e + 1 < offsets.size(); ++e) {
-    if (offsets[e] <= row && row < offsets[e + 1]) return static_cast<int64_t>(e);
-  }
-  return -1;
-}
 
 template <typename T>
 void check_gemm(const std::vector<int32_t>& expert_offsets, int64_t rows, int64_t n, int64_t k, WeightLayout layout,
@@ -36,7 +18,7 @@ void check_gemm(const std::vector<int32_t>& expert_offsets, int64_t rows, int64_
                            pool) == Status::kOk);
     return std::tuple(output);
   });
-  const auto offsets = segments(expert_offsets, rows);
+  const auto offsets = clamped_offsets(expert_offsets, rows);
   for (int64_t i = 0; i < rows * n; ++i) {
     const int64_t row = i / n, j = i % n, e = expert_of(offsets, row);
     Sum sum;
@@ -70,7 +52,7 @@ void check_weight_gradients(const std::vector<int32_t>& expert_offsets, int64_t 
                                  pool) == Status::kOk);
     return std::tuple(wgrad, added, bgrad);
   });
-  const auto offsets = segments(expert_offsets, rows);
+  const auto offsets = clamped_offsets(expert_offsets, rows);
   for (int64_t e = 0; e < num_experts; ++e) {
     for (int64_t i = 0; i < m; ++i) {
       Sum column;

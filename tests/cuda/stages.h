@@ -12,15 +12,7 @@ namespace moe::test {
 struct DevicePlan {
   explicit DevicePlan(const Plan& plan)
       : expert_offsets(plan.expert_offsets), row_to_slot(plan.row_to_slot), slot_to_row(plan.slot_to_row) {}
-  PlanView view(const Problem& p) const {
-    return {expert_offsets.data(),
-            row_to_slot.data(),
-            slot_to_row.data(),
-            p.num_tokens,
-            p.num_experts,
-            p.top_k,
-            static_cast<int64_t>(row_to_slot.size())};
-  }
+  PlanView view(const Problem& p) const { return view_of(*this, p); }
   DeviceArray<int32_t> expert_offsets, row_to_slot, slot_to_row;
 };
 
@@ -31,15 +23,6 @@ inline Plan first_rows(Plan plan, int64_t rows) {
 }
 inline Plan kept_rows(const Plan& plan) { return first_rows(plan, plan.expert_offsets.back()); }
 inline Plan half_of(const Plan& plan) { return first_rows(plan, static_cast<int64_t>(plan.row_to_slot.size()) / 2); }
-
-// Offsets as every stage reads them: each clamped to [previous, rows].
-inline std::vector<int64_t> clamped_offsets(const Plan& plan, int64_t rows) {
-  std::vector<int64_t> offsets;
-  for (const int32_t offset : plan.expert_offsets) {
-    offsets.push_back(std::clamp<int64_t>(offset, offsets.empty() ? 0 : offsets.back(), rows));
-  }
-  return offsets;
-}
 
 // A result that is rounded once to T after some arithmetic in the wide type, whose error is at most `units` of its
 // rounding errors at the given magnitude. bf16 and fp16 have fast exponentials.

@@ -16,7 +16,7 @@ void check_bgrad(const Problem& p, const Plan& plan, int64_t offset) {
         {out.data(), in.data(), maps.expert_offsets.data(), rows, p.num_experts, n, kDType<T>}, device);
   });
   const auto got = out.host();
-  const auto offsets = clamped_offsets(plan, rows);
+  const auto offsets = clamped_offsets(plan.expert_offsets, rows);
   for (int64_t e = 0; e < p.num_experts; ++e) {
     for (int64_t j = 0; j < n; ++j) {
       Sum sum;
@@ -51,7 +51,7 @@ void check_weighted(const Problem& p, const Plan& plan) {
     return status == Status::kOk ? cuda::bgrad(task, device) : status;
   });
   const auto got = out.host();
-  const auto offsets = clamped_offsets(plan, rows);
+  const auto offsets = clamped_offsets(plan.expert_offsets, rows);
   for (int64_t e = 0; e < p.num_experts; ++e) {
     for (int64_t j = 0; j < n; ++j) {
       Sum sum;

@@ -128,7 +128,7 @@ void check_grad_weights(const Problem& p, const Plan& plan, int64_t num_partials
     return status == Status::kOk ? cuda::reduce_grad_weights(task, device) : status;
   });
   const auto got = out.host();
-  const auto offsets = clamped_offsets(plan, rows);
+  const auto offsets = clamped_offsets(plan.expert_offsets, rows);
   for (int64_t slot = 0; slot < p.num_rows(); ++slot) {
     const int64_t row = plan.slot_to_row[slot];
     Sum sum;

@@ -1,7 +1,5 @@
 #include "moe/grouped_gemm.h"
 
-#include <algorithm>
-
 #include "architecture.h"
 #include "device.h"
 #include "moe/isa.h"
@@ -9,22 +7,6 @@
 
 namespace moe::test {
 namespace {
-
-// The segments that the contract promises of any offsets: each clamped to [previous, rows].
-std::vector<int64_t> segments(const std::vector<int32_t>& offsets, int64_t rows) {
-  std::vector<int64_t> result;
-  int64_t previous = 0;
-  for (const int32_t offset : offsets) result.push_back(previous = std::clamp<int64_t>(offset, previous, rows));
-  return result;
-}
-
-// The expert of a row, or -1.
-int64_t expert_of(const std::vector<int64_t>& offsets, int64_t row) {
-  for (size_t e = 0; e + 1 < offsets.size(); ++e) {
-    if (offsets[e] <= row && row < offsets[e + 1]) return static_cast<int64_t>(e);
-  }
-  return -1;
-}
 
 struct Shape {
   std::string name;
@@ -70,7 +52,7 @@ void check_gemm(const Shape& s, WeightLayout layout, bool biased, size_t offset,
                              kDType<T>};
   if (!run_on_device([&](const CudaContext& cuda) { return grouped_gemm_cuda(args, cuda); }, allow_tf32)) return;
   const auto output = d_output.host();
-  const auto offsets = segments(s.offsets, s.rows);
+  const auto offsets = clamped_offsets(s.offsets, s.rows);
   for (int64_t i = 0; i < s.rows * s.n; ++i) {
     const int64_t row = i / s.n, j = i % s.n, e = expert_of(offsets, row);
     Sum sum;
@@ -102,7 +84,7 @@ void check_wgrad(const Shape& s, bool accumulate, size_t offset, bool allow_tf32
       d_output.data(), d_lhs.data(), d_rhs.data(), d_offsets.data(), s.rows, num_experts, m, n, kDType<T>, accumulate};
   if (!run_on_device([&](const CudaContext& cuda) { return grouped_gemm_wgrad_cuda(args, cuda); }, allow_tf32)) return;
   const auto output = d_output.host();
-  const auto offsets = segments(s.offsets, s.rows);
+  const auto offsets = clamped_offsets(s.offsets, s.rows);
   for (int64_t i = 0; i < num_experts * m * n; ++i) {
     const int64_t e = i / (m * n), row = i / n % m, column = i % n;
     if (offsets[e] == offsets[e + 1]) {

@@ -8,22 +8,12 @@
 
 #include <algorithm>
 
+#include "gemm/avx512.h"
 #include "gemm/kernels.h"
 #include "gemm/pack.h"
 #include "gemm/simd.h"
 
-namespace moe {
-
-namespace avx512 {
-template <typename Storage>
-const Kernels<Storage>& table();
-extern template const Kernels<float>& table<float>();
-extern template const Kernels<BFloat16>& table<BFloat16>();
-extern template const Kernels<Float16>& table<Float16>();
-extern template const Kernels<double>& table<double>();
-}  // namespace avx512
-
-namespace amx {
+namespace moe::amx {
 namespace {
 
 constexpr int64_t kDepth = MatrixUnits::kDepth, kGroup = MatrixUnits::kColumns, kTile = 16 * kDepth;
@@ -217,5 +207,4 @@ template const Kernels<BFloat16>& table<BFloat16>();
 template const Kernels<Float16>& table<Float16>();
 template const Kernels<double>& table<double>();
 
-}  // namespace amx
-}  // namespace moe
+}  // namespace moe::amx

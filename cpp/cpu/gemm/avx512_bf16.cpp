@@ -5,22 +5,12 @@
 #define MOE_VECTOR_BYTES 64
 #define MOE_ACCUMULATORS 24
 #define MOE_TILE_VECTORS 4
+#include "gemm/avx512.h"
 #include "gemm/dot.h"
 #include "gemm/outer.h"
 #include "gemm/pack.h"
 
-namespace moe {
-
-namespace avx512 {
-template <typename Storage>
-const Kernels<Storage>& table();
-extern template const Kernels<float>& table<float>();
-extern template const Kernels<BFloat16>& table<BFloat16>();
-extern template const Kernels<Float16>& table<Float16>();
-extern template const Kernels<double>& table<double>();
-}  // namespace avx512
-
-namespace avx512_bf16 {
+namespace moe::avx512_bf16 {
 
 template <typename Storage>
 const Kernels<Storage>& table() {
@@ -50,5 +40,4 @@ template const Kernels<BFloat16>& table<BFloat16>();
 template const Kernels<Float16>& table<Float16>();
 template const Kernels<double>& table<double>();
 
-}  // namespace avx512_bf16
-}  // namespace moe
+}  // namespace moe::avx512_bf16
