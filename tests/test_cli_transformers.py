@@ -40,12 +40,38 @@ def test_every_implementation_is_measured_in_every_direction(capsys, tmp_path):
     captured = capsys.readouterr()
     lines = json.loads(captured.out)
     assert [json.loads(line) for line in output.read_text().splitlines()] == lines
-    measured = {(line["dtype"], line["direction"], line["candidate"]): line for line in lines}
-    assert len(measured) == len(lines) == 2 * 2 * len(host.IMPLEMENTATIONS)
-    assert all(line["speedup_over_default"] == 1 for key, line in measured.items() if key[2] == host.DEFAULT)
+    keys = ("dtype", "part", "direction", "candidate")
+    measured = {tuple(line[key] for key in keys): line for line in lines}
+    assert len(measured) == len(lines) == 2 * len(host.PARTS) * 2 * len(host.IMPLEMENTATIONS)
+    assert all(line["speedup_over_default"] == 1 for line in lines if line["candidate"] == host.DEFAULT)
     assert all(line["median_ms"] > 0 for line in lines)
     assert captured.err.count("verified") == 2
-    assert captured.err.count("times the default") >= 4
+    assert captured.err.count("times the default") >= 2 * len(host.PARTS) * 2
+    assert "Mixtral in transformers, fp32" in captured.err
+    assert "its MoE blocks alone, bf16" in captured.err
+
+
+@needs_transformers
+@pytest.mark.parametrize("implementation", host.IMPLEMENTATIONS)
+def test_the_blocks_alone_do_the_blocks_work_and_no_more(implementation):
+    model, tokens = host._build(SHAPES["seed"], seed=0)
+    seen = {}
+    hooks = [
+        layer.mlp.register_forward_hook(lambda block, _, output: seen.__setitem__(block, output))
+        for layer in model.model.layers
+    ]
+    with host._enabled():
+        model.set_experts_implementation(implementation)
+        with torch.no_grad():
+            model(tokens)
+        for hook in hooks:
+            hook.remove()
+        outputs = host._blocks_call(model, tokens, implementation, host.FORWARD)()
+        for output, expected in zip(outputs, seen.values(), strict=True):
+            torch.testing.assert_close(output, expected)
+        host._blocks_call(model, tokens, implementation, host.FORWARD_BACKWARD)()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient == {name for name, _ in model.named_parameters() if ".mlp." in name}
 
 
 @needs_transformers

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch_moe.testing.timing import Observe, Timing, interleave
 NUM_LAYERS = 2
 NUM_HEADS = 16
 OURS, DEFAULT = "torch_moe", "grouped_mm"
+# The whole model, and of it what an implementation of the experts can change: its MoE blocks alone, router included.
+PARTS = {"model": "Mixtral in transformers", "moe_blocks": "its MoE blocks alone"}
 IMPLEMENTATIONS = {DEFAULT: "transformers, its default (grouped_mm)", "eager": "transformers, eager", OURS: "torch-moe"}
 # In fp32 the difference that two right models may have, of the largest logit; below fp32 a rounding can turn a router's
 # choice, so both are held against fp32, where ours may be this much further off than the default.
@@ -30,15 +33,15 @@ FP32_BOUND, WORSE = 1e-4, 1.5
 
 @dataclass(frozen=True)
 class HostResult:
-    """Timings of one model in one dtype: by direction, then by implementation."""
+    """Timings of one model in one dtype: by part and direction, then by implementation."""
 
     shape: LayerShape
     dtype: str
-    timings: dict[str, dict[str, Timing]]
+    timings: dict[tuple[str, str], dict[str, Timing]]
 
-    def speedup(self, direction: str, name: str) -> float:
+    def speedup(self, part: str, direction: str, name: str) -> float:
         """Return how many times faster than the default, the median over rounds."""
-        by_name = self.timings[direction]
+        by_name = self.timings[part, direction]
         return by_name[DEFAULT].ratio_to(by_name[name])
 
 
@@ -74,33 +77,33 @@ def measure(
     with _enabled():
         model = _verified(model, tokens, DTYPES[dtype])
         display.note("verified: logits of torch-moe and of the default")
+        make_calls = {"model": partial(_call, model, tokens), "moe_blocks": partial(_blocks_call, model, tokens)}
         timings = {}
-        for direction in (FORWARD, FORWARD_BACKWARD) if options.backward else (FORWARD,):
-            calls = {name: _call(model, tokens, name, direction) for name in IMPLEMENTATIONS}
-            with display.progress(f"timing {direction}") as on_sample:
-                budget = options.budget / 2
-                timings[direction] = interleave(
-                    calls, rounds=options.rounds, budget=budget, on_sample=on_sample, observe=observe
-                )
+        for part, make_call in make_calls.items():
+            for direction in (FORWARD, FORWARD_BACKWARD) if options.backward else (FORWARD,):
+                calls = {name: make_call(name, direction) for name in IMPLEMENTATIONS}
+                with display.progress(f"timing {PARTS[part]}, {direction}") as on_sample:
+                    timings[part, direction] = interleave(
+                        calls, rounds=options.rounds, budget=options.budget / 4, on_sample=on_sample, observe=observe
+                    )
     return HostResult(shape, dtype, timings)
 
 
 def show(display: Display, result: HostResult) -> None:
-    """Print the table of one model."""
-    header = ["implementation"]
-    for direction in result.timings:
-        header += [direction, "times the default"]
-    rows = []
-    for name, label in IMPLEMENTATIONS.items():
-        row = [label]
-        for direction, by_name in result.timings.items():
-            row += [f"{by_name[name].median * 1e3:.1f} ms", f"{result.speedup(direction, name):.2f} x"]
-        rows.append(row)
-    display.table(f"Mixtral in transformers, {result.dtype}", header, rows)
+    """Print a table per part of one model."""
+    for part, title in PARTS.items():
+        header, rows = ["implementation"], {name: [label] for name, label in IMPLEMENTATIONS.items()}
+        for (of, direction), by_name in result.timings.items():
+            if of != part:
+                continue
+            header += [direction, "times the default"]
+            for name, row in rows.items():
+                row += [f"{by_name[name].median * 1e3:.1f} ms", f"{result.speedup(part, direction, name):.2f} x"]
+        display.table(f"{title}, {result.dtype}", header, list(rows.values()))
 
 
 def records(results: list[HostResult], environment: dict[str, Any]) -> list[dict[str, Any]]:
-    """Flatten results to JSON-ready records, one per direction and implementation."""
+    """Flatten results to JSON-ready records, one per part, direction and implementation."""
     return [
         {
             **environment,
@@ -112,15 +115,16 @@ def records(results: list[HostResult], environment: dict[str, Any]) -> list[dict
             "num_experts": result.shape.num_experts,
             "top_k": result.shape.top_k,
             "dtype": result.dtype,
+            "part": part,
             "candidate": name,
             "direction": direction,
             "median_ms": round(timing.median * 1e3, 4),
             "spread": round(timing.spread, 4),
             "samples": len(timing.samples),
-            "speedup_over_default": round(result.speedup(direction, name), 4),
+            "speedup_over_default": round(result.speedup(part, direction, name), 4),
         }
         for result in results
-        for direction, by_name in result.timings.items()
+        for (part, direction), by_name in result.timings.items()
         for name, timing in by_name.items()
     ]
 
@@ -205,5 +209,32 @@ def _call(model: Any, tokens: torch.Tensor, implementation: str, direction: str)
         model.set_experts_implementation(implementation)
         model.zero_grad(set_to_none=True)
         return model(tokens, labels=tokens).loss.backward()
+
+    return forward_backward if direction == FORWARD_BACKWARD else forward
+
+
+def _blocks_call(model: Any, tokens: torch.Tensor, implementation: str, direction: str) -> Callable[[], object]:  # noqa: ANN401
+    """Return a call of every MoE block on what the layers before it give for ``tokens``."""
+    blocks = [layer.mlp for layer in model.model.layers]
+    inputs: list[torch.Tensor] = []
+    hooks = [block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])) for block in blocks]
+    model.set_experts_implementation(DEFAULT)
+    with torch.no_grad():
+        model(tokens)
+    for hook in hooks:
+        hook.remove()
+    gradients = [torch.randn_like(hidden_states) for hidden_states in inputs]
+
+    def forward() -> object:
+        model.set_experts_implementation(implementation)
+        with torch.no_grad():
+            return [block(hidden_states) for block, hidden_states in zip(blocks, inputs, strict=True)]
+
+    def forward_backward() -> object:
+        model.set_experts_implementation(implementation)
+        model.zero_grad(set_to_none=True)
+        leaves = [hidden_states.detach().requires_grad_() for hidden_states in inputs]
+        outputs = [block(leaf) for block, leaf in zip(blocks, leaves, strict=True)]
+        return torch.autograd.backward(outputs, gradients)
 
     return forward_backward if direction == FORWARD_BACKWARD else forward
