@@ -173,20 +173,36 @@ __device__ __forceinline__ void add_bias(const EpilogueArgs<T>& args, int32_t ex
   for (int j = 0; j < kUnit<T>; ++j) x[j] += bias[j];
 }
 
-// Calls fn(row, c) for the thread's units of a slab, c every kStep columns up to `columns`; the threads of the slab are
-// kThreads consecutive ones, a multiple of it from 0 on. All threads of a warp make the same number of calls.
-template <int kStep, int kThreads, typename Fn>
-__device__ __forceinline__ void for_units(int columns, const Fn& fn) {
-  const int per_row = columns / kStep;
+// Calls fn(act, units, unroll) for units of values; unroll is how often its loop over their elements is unrolled. The
+// usual activation has them in registers. Any other one loops over a copy in local memory: unrolled,
+// those would be nine tenths of a kernel's code, and of the time to compile it.
+template <typename Real, int kUnits, int kCount, typename Fn>
+__device__ __forceinline__ void with_units(Activation kind, Real (&units)[kUnits][kCount], const Fn& fn) {
+  if (kind == Activation::kSwiGLU || kind == Activation::kSiLU) {
+    return fn(SiLU{}, units, std::integral_constant<int, kCount>{});
+  }
+  Real copy[kUnits][kCount];
+#pragma unroll
+  for (int i = 0; i < kUnits * kCount; ++i) copy[i / kCount][i % kCount] = units[i / kCount][i % kCount];
+  with_activation(kind, [&](auto act) { fn(act, copy, std::integral_constant<int, 1>{}); });
+#pragma unroll
+  for (int i = 0; i < kUnits * kCount; ++i) units[i / kCount][i % kCount] = copy[i / kCount][i % kCount];
+}
+
+// Calls fn(row, c) for the thread's units of a slab, c every `step` columns up to `columns`; the threads of the slab
+// are kThreads consecutive ones, a multiple of it from 0 on. All threads of a warp make the same number of calls.
+template <int kThreads, typename Fn>
+__device__ __forceinline__ void for_units(int columns, int step, const Fn& fn) {
+  const int per_row = columns / step;
   for (int unit = static_cast<int>(threadIdx.x) % kThreads; unit < kSlabRows * per_row; unit += kThreads) {
-    fn(unit / per_row, unit % per_row * kStep);
+    fn(unit / per_row, unit % per_row * step);
   }
 }
 
 template <typename T, int kColumns, int kThreads>
 __device__ __forceinline__ void finish_store(const EpilogueArgs<T>& args, const Wide<T>* slab, int64_t first_row,
                                              int64_t rows, int32_t expert, const ColumnTile& columns) {
-  for_units<kUnit<T>, kThreads>(kColumns, [&](int row, int c) {
+  for_units<kThreads>(kColumns, kUnit<T>, [&](int row, int c) {
     const int64_t count = columns.left(c);
     if (row >= rows || count <= 0) return;
     Wide<T> x[kUnit<T>];
@@ -206,30 +222,28 @@ __device__ __forceinline__ void finish_store(const EpilogueArgs<T>& args, const 
 template <typename T, int kColumns, int kThreads>
 __device__ __forceinline__ void finish_activation(const EpilogueArgs<T>& args, const Wide<T>* slab, int64_t first_row,
                                                   int64_t rows, int32_t expert, const ColumnTile& columns) {
-  const auto finish_unit = [&](auto act, int row, int c, int c_up) {
+  const bool interleaved = args.gate.interleaved;
+  for_units<kThreads>(columns.half, interleaved ? 2 * kUnit<T> : kUnit<T>, [&](int row, int c) {
+    const int c_up = c + (interleaved ? kUnit<T> : columns.half);
     // `i` counts columns of the activation; interleaved, they are half as many as those of C.
-    const int64_t column = columns.column(c), count = args.gate.interleaved ? columns.left(c) / 2 : columns.left(c);
+    const int64_t column = columns.column(c), count = interleaved ? columns.left(c) / 2 : columns.left(c);
     if (row >= rows || count <= 0) return;
-    const GateUpRow<T> at{args, first_row + row, args.gate.interleaved ? column / 2 : column, count};
-    Wide<T> parts[2][kUnit<T>] = {}, gate[kUnit<T>], up[kUnit<T>], x[kUnit<T>];
+    const GateUpRow<T> at{args, first_row + row, interleaved ? column / 2 : column, count};
+    Wide<T> parts[2][kUnit<T>] = {}, units[2][kUnit<T>];
     read_slab<T, kColumns>(slab, row, c, parts[0]);
     add_bias(args, expert, column, columns.left(c), parts[0]);
     if (args.gate.gated) {
       read_slab<T, kColumns>(slab, row, c_up, parts[1]);
       add_bias(args, expert, columns.column(c_up), columns.left(c_up), parts[1]);
     }
-    at.split(parts, gate, up);
-    if (args.pre_activation != nullptr) at.store(args.pre_activation, gate, up);
+    at.split(parts, units[0], units[1]);
+    if (args.pre_activation != nullptr) at.store(args.pre_activation, units[0], units[1]);
     if (args.output == nullptr) return;
-#pragma unroll
-    for (int j = 0; j < kUnit<T>; ++j) x[j] = activate<T>(act, args.gate, gate[j], up[j]);
-    store_unit(args.output + at.row * args.width + at.i, count, args.whole, x);
-  };
-  with_activation(args.gate.kind, [&](auto act) {
-    if (args.gate.interleaved)
-      for_units<2 * kUnit<T>, kThreads>(kColumns, [&](int row, int c) { finish_unit(act, row, c, c + kUnit<T>); });
-    else
-      for_units<kUnit<T>, kThreads>(columns.half, [&](int row, int c) { finish_unit(act, row, c, c + columns.half); });
+    with_units(args.gate.kind, units, [&]<int kUnroll>(auto act, auto& x, std::integral_constant<int, kUnroll>) {
+#pragma unroll kUnroll
+      for (int j = 0; j < kUnit<T>; ++j) x[0][j] = activate<T>(act, args.gate, x[0][j], x[1][j]);
+    });
+    store_unit(args.output + at.row * args.width + at.i, count, args.whole, units[0]);
   });
 }
 
@@ -238,51 +252,57 @@ __device__ __forceinline__ void finish_backward(const EpilogueArgs<T>& args, con
                                                 int64_t rows, const ColumnTile& columns) {
   constexpr int kLanes = kPartialColumns / kUnit<T>;  // neighbours, whose units make one partial sum
   static_assert(kLanes <= 32, "a partial sum is a shuffle within a warp");
-  with_activation(args.gate.kind, [&](auto act) {
-    for_units<kUnit<T>, kThreads>(kColumns, [&](int row, int c) {
-      const int64_t count = columns.left(c);
-      Wide<T> sum = 0;
-      if (row < rows && count > 0) {
-        const int64_t slot = args.rows.slot(first_row + row);
-        const Wide<T> s = slot < 0 ? Wide<T>{0} : args.row_weights[slot];
-        const GateUpRow<T> at{args, first_row + row, columns.column(c), count};
-        Wide<T> p[kUnit<T>], gate[kUnit<T>], up[kUnit<T>], activated[kUnit<T>];
-        read_slab<T, kColumns>(slab, row, c, p);
-        at.load(args.saved, gate, up);
+  for_units<kThreads>(kColumns, kUnit<T>, [&](int row, int c) {
+    const int64_t count = columns.left(c);
+    Wide<T> sum = 0;
+    if (row < rows && count > 0) {
+      const int64_t slot = args.rows.slot(first_row + row);
+      const Wide<T> s = slot < 0 ? Wide<T>{0} : args.row_weights[slot];
+      const GateUpRow<T> at{args, first_row + row, columns.column(c), count};
+      Wide<T> p[kUnit<T>], units[3][kUnit<T>];  // s p and then the activation, gate and up and then their gradients
+      read_slab<T, kColumns>(slab, row, c, p);
+      at.load(args.saved, units[1], units[2]);
 #pragma unroll
+      for (int j = 0; j < kUnit<T>; ++j) units[0][j] = s * p[j];
+      with_units(args.gate.kind, units, [&]<int kUnroll>(auto act, auto& x, std::integral_constant<int, kUnroll>) {
+#pragma unroll kUnroll
         for (int j = 0; j < kUnit<T>; ++j) {
-          const ActivationGrad<T> grad = activate_backward<T>(act, args.gate, s * p[j], gate[j], up[j]);
-          if (j < count) sum += p[j] * grad.value;
-          activated[j] = s * grad.value;
-          gate[j] = grad.grad_gate;
-          up[j] = grad.grad_up;
+          const ActivationGrad<T> grad = activate_backward<T>(act, args.gate, x[0][j], x[1][j], x[2][j]);
+          x[0][j] = grad.value;
+          x[1][j] = grad.grad_gate;
+          x[2][j] = grad.grad_up;
         }
-        if (args.grad_pre_activation != nullptr) at.store(args.grad_pre_activation, gate, up);
-        if (args.output != nullptr) {
-          store_unit(args.output + at.row * args.width + at.i, count, args.whole, activated);
-        }
+      });
+#pragma unroll
+      for (int j = 0; j < kUnit<T>; ++j) {
+        if (j < count) sum += p[j] * units[0][j];
+        units[0][j] *= s;
       }
-      for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      if (args.partials != nullptr && c % kPartialColumns == 0 && row < rows && count > 0) {
-        args.partials[(first_row + row) * args.num_partials + columns.column(c) / kPartialColumns] = sum;
-      }
-    });
+      if (args.grad_pre_activation != nullptr) at.store(args.grad_pre_activation, units[1], units[2]);
+      if (args.output != nullptr) store_unit(args.output + at.row * args.width + at.i, count, args.whole, units[0]);
+    }
+    for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (args.partials != nullptr && c % kPartialColumns == 0 && row < rows && count > 0) {
+      args.partials[(first_row + row) * args.num_partials + columns.column(c) / kPartialColumns] = sum;
+    }
   });
 }
 
-// Rows [first_row, first_row + rows) of a tile, rows <= kSlabRows; the first of them is row 0 of `slab`.
-template <typename T, int kColumns, int kThreads = kGemmThreads>
+// Rows [first_row, first_row + rows) of a tile, rows <= kSlabRows; the first of them is row 0 of `slab`. kStores: as
+// kStore, whatever the arguments say.
+template <typename T, int kColumns, int kThreads = kGemmThreads, bool kStores = false>
 __device__ __attribute__((noinline)) void finish_slab(const EpilogueArgs<T>* args, const Wide<T>* slab,
                                                       int64_t first_row, int64_t rows, int32_t expert,
                                                       int64_t column_tile) {
   const ColumnTile columns = args->template columns<kColumns>(column_tile);
-  switch (args->kind) {
-    case Epilogue::kStore:
-      return finish_store<T, kColumns, kThreads>(*args, slab, first_row, rows, expert, columns);
-    case Epilogue::kActivation:
-      return finish_activation<T, kColumns, kThreads>(*args, slab, first_row, rows, expert, columns);
-    case Epilogue::kActivationBackward:
-      return finish_backward<T, kColumns, kThreads>(*args, slab, first_row, rows, columns);
+  if (kStores || args->kind == Epilogue::kStore) {
+    return finish_store<T, kColumns, kThreads>(*args, slab, first_row, rows, expert, columns);
+  }
+  if constexpr (!kStores) {
+    if (args->kind == Epilogue::kActivation)
+      finish_activation<T, kColumns, kThreads>(*args, slab, first_row, rows, expert, columns);
+    else
+      finish_backward<T, kColumns, kThreads>(*args, slab, first_row, rows, columns);
   }
 }
 

@@ -105,7 +105,7 @@ __device__ __forceinline__ void multiply(Tile<T, kRows>& tile, T* shared, int64_
 }
 
 // Hands the tile to the epilogue, slab by slab.
-template <typename T, int kRows>
+template <bool kStores, typename T, int kRows>
 __device__ __forceinline__ void finish(const Tile<T, kRows>& tile, T* slab, const EpilogueArgs<T>& args,
                                        int64_t first_row, int64_t rows, int32_t expert, int64_t column_tile) {
   using Shape = Tile<T, kRows>;
@@ -123,8 +123,8 @@ __device__ __forceinline__ void finish(const Tile<T, kRows>& tile, T* slab, cons
     }
     if (!MOE_BUG(grouped_gemm, 4)) __syncthreads();
     const int64_t left = rows - group * kSlabRows;
-    finish_slab<T, Shape::kColumns>(&args, slab, first_row + group * kSlabRows, left < kSlabRows ? left : kSlabRows,
-                                    expert, column_tile);
+    finish_slab<T, Shape::kColumns, kGemmThreads, kStores>(&args, slab, first_row + group * kSlabRows,
+                                                           left < kSlabRows ? left : kSlabRows, expert, column_tile);
   }
 }
 
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm_kernel(const __grid_cons
           if (k >= args.k || columns.left(j) <= 0) return T{0};
           return weight[kOutIn ? columns.column(j) * args.k + k : k * args.n + columns.column(j)];
         });
-    finish(tile, shared, args.epilogue, at.first_row, at.rows, at.expert, at.column_tile);
+    finish<false>(tile, shared, args.epilogue, at.first_row, at.rows, at.expert, at.column_tile);
   }
   zero_unowned_rows(&args.epilogue, &args.schedule, args.num_rows, args.num_experts);
 }
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) wgrad_kernel(const __grid_con
           return read(args.rhs, args.rhs_gather, args.n, column_tile * Shape::kColumns + j, k);
         });
     const int64_t left = args.m - row;
-    finish(tile, shared, args.epilogue, expert * args.m + row, left < kRows ? left : kRows, expert, column_tile);
+    finish<true>(tile, shared, args.epilogue, expert * args.m + row, left < kRows ? left : kRows, expert, column_tile);
   }
 }
 

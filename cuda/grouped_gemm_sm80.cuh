@@ -173,7 +173,7 @@ __device__ __forceinline__ void multiply(Tile<kRows>& tile, unsigned char* share
 }
 
 // Hands the tile to the epilogue, slab by slab.
-template <typename T, int kRows>
+template <bool kStores, typename T, int kRows>
 __device__ __forceinline__ void finish(const Tile<kRows>& tile, unsigned char* shared, const EpilogueArgs<T>& args,
                                        int64_t first_row, int64_t rows, int32_t expert, int64_t column_tile) {
   constexpr int kSlabs = kRows / kSlabRows;
@@ -198,8 +198,8 @@ __device__ __forceinline__ void finish(const Tile<kRows>& tile, unsigned char* s
     }
     if (!MOE_BUG(grouped_gemm, 15)) __syncthreads();
     const int64_t left = rows - part * kSlabRows;
-    finish_slab<T, kColumns>(&args, slab, first_row + part * kSlabRows, left < kSlabRows ? left : kSlabRows, expert,
-                             column_tile);
+    finish_slab<T, kColumns, kGemmThreads, kStores>(&args, slab, first_row + part * kSlabRows,
+                                                    left < kSlabRows ? left : kSlabRows, expert, column_tile);
   }
   if (!MOE_BUG(grouped_gemm, 16)) __syncthreads();  // the next tile's copies take the place of the slab
 }
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<kRows>)
             Rhs::copy(to, n, row_of_rhs[n] + (kOutIn ? k : k * args.n), count, whole_weight, args.weight);
           }
         });
-    finish<T, kRows>(tile, shared, args.epilogue, at.first_row, at.rows, at.expert, at.column_tile);
+    finish<false>(tile, shared, args.epilogue, at.first_row, at.rows, at.expert, at.column_tile);
   }
   zero_unowned_rows(&args.epilogue, &args.schedule, args.num_rows, args.num_experts);
 }
@@ -284,8 +284,8 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<128>)
           copy_side(to, k, args.rhs, args.rhs_gather, args.n, at.column_tile * kColumns, whole_rhs);
         });
     const int64_t left = args.m - at.row;
-    finish<T, kRows>(tile, shared, args.epilogue, at.expert * args.m + at.row, left < kRows ? left : kRows, at.expert,
-                     at.column_tile);
+    finish<true>(tile, shared, args.epilogue, at.expert * args.m + at.row, left < kRows ? left : kRows, at.expert,
+                 at.column_tile);
   }
 }
 
