@@ -10,7 +10,14 @@ from helpers import randn
 from torch.utils.checkpoint import checkpoint
 
 from torch_moe import MoE, losses, ops
-from torch_moe.losses import GlobalLoad, hf_load_balancing_loss, importance_loss, load_balancing_loss, z_loss
+from torch_moe.losses import (
+    GlobalLoad,
+    hf_load_balancing_loss,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    z_loss,
+)
 from torch_moe.testing import assert_close
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -61,6 +68,88 @@ def test_importance_is_the_squared_variation():
     weights = randn(T, K).exp().requires_grad_()
     importance_loss(weights, round_robin(T, E, K), E).backward()
     assert weights.grad.abs().max() > 0
+
+
+def noisy_logits(num_tokens=T, dtype=torch.float32):
+    """Noisy logits, clean logits and the size of the noise, as leaves."""
+    clean, noise = randn(num_tokens, E, dtype=dtype, seed=1), randn(num_tokens, E, dtype=dtype, seed=2)
+    std = torch.nn.functional.softplus(randn(num_tokens, E, dtype=dtype, seed=3))
+    return tuple(t.detach().requires_grad_() for t in (clean + std * noise, clean, std))
+
+
+def smooth_loads(noisy, clean, std, top_k):
+    """Each expert's load by the words of the paper: the k-th largest of the others, token by token."""
+    loads = [0.0] * noisy.shape[1]
+    for h, z, s in zip(noisy.tolist(), clean.tolist(), std.tolist(), strict=True):
+        for i in range(len(h)):
+            threshold = sorted(h[:i] + h[i + 1 :], reverse=True)[top_k - 1]
+            loads[i] += 0.5 * (1 + math.erf((z[i] - threshold) / (s[i] * math.sqrt(2))))
+    return loads
+
+
+@pytest.mark.parametrize("top_k", [1, 2, E - 1])
+def test_load_loss_is_the_squared_variation_of_the_smooth_load(top_k):
+    noisy, clean, std = noisy_logits(dtype=torch.float64)
+    loads = smooth_loads(noisy, clean, std, top_k)
+    expected = E * sum(load**2 for load in loads) / sum(loads) ** 2
+    near(load_loss(noisy, clean, std, top_k), expected, E, T, E)
+    assert torch.autograd.gradcheck(lambda *tensors: load_loss(*tensors, top_k), (noisy, clean, std))
+
+
+def test_the_smooth_load_is_how_often_fresh_noise_would_choose_the_expert():
+    noisy, clean, std = (tensor.detach() for tensor in noisy_logits(num_tokens=1))
+    draws = 20000
+    fresh = noisy.repeat(draws, 1)
+    loads = smooth_loads(noisy, clean, std, K)
+    for expert in range(E):
+        again = fresh.clone()
+        again[:, expert] = clean[0, expert] + std[0, expert] * randn(draws, seed=expert)
+        chosen = (again.topk(K, dim=1).indices == expert).any(dim=1).double().mean().item()
+        assert abs(chosen - loads[expert]) < 4 * math.sqrt(0.25 / draws)
+
+
+def test_load_loss_at_balance_and_collapsed():
+    logits = torch.stack([torch.arange(8.0).roll(shift) for shift in range(8)])  # each expert in each place once
+    near(load_loss(logits, logits, torch.ones_like(logits), 2), 1.0, 8, 8)
+    certain = torch.tensor([50.0, 40.0] + [0.0] * 6).expand(16, 8)
+    near(load_loss(certain, certain, torch.ones_like(certain), 2), 8 / 2, 16, 8)
+    without_noise = torch.zeros_like(certain).requires_grad_()
+    loss = load_loss(certain, certain, without_noise, 2)
+    near(loss, 8 / 2, 16, 8)
+    loss.backward()
+    assert without_noise.grad.isfinite().all()
+
+
+def test_load_loss_gives_an_unused_expert_a_gradient():
+    """Descending it raises the logits of what is chosen too little: a count would not tell where to go."""
+    clean = (randn(64, E) + torch.tensor([2.0] + [0.0] * (E - 2) + [-2.0])).requires_grad_()
+    std = torch.ones(64, E)
+    load_loss(clean.detach() + randn(64, E, seed=1), clean, std, K).backward()
+    per_expert = clean.grad.sum(dim=0)
+    assert per_expert[0] > 0 > per_expert[-1]
+
+
+def test_load_loss_of_the_layer_trains_its_noise():
+    layer = MoE(hidden_size=H, intermediate_size=I, num_experts=E, top_k=K, noisy=True)
+    with torch.no_grad():
+        layer.router.noise_weight.copy_(randn(E, H, seed=1))
+    x = randn(2, T // 2, H)
+    torch.manual_seed(5)
+    _, routing = layer(x, return_routing=True)
+    clean, std = layer.router.noise(x.flatten(0, 1))
+    torch.manual_seed(5)
+    torch.testing.assert_close(routing.router_logits, clean + torch.randn(T, E) * std)
+    assert clean.requires_grad
+    load_loss(routing.router_logits, clean, std, K).backward()
+    assert layer.router.noise_weight.grad.any()
+    assert layer.router.weight.grad.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"noisy": True, "input_jitter": 0.1}, {"noisy": True, "logit_softcap": 5.0}])
+def test_a_router_whose_logits_are_not_clean_ones_plus_noise_says_so(options):
+    layer = MoE(hidden_size=H, intermediate_size=I, num_experts=E, top_k=K, **options)
+    with pytest.raises(ValueError, match=r"noise\(\) needs noisy=True, input_jitter=0 and logit_softcap=None"):
+        layer.router.noise(randn(T, H))
 
 
 def test_hugging_face_reads_k_and_pools_its_layers():
@@ -129,6 +218,22 @@ def test_mask_leaves_padding_out_of_everything():
     assert load_balancing_loss(logits, ids, mask=nobody) == 0
     assert z_loss(logits, mask=nobody) == 0
     assert importance_loss(weights, ids, E, mask=nobody) == 0
+    assert load_loss(*noisy_logits(), K, mask=nobody) == 0
+
+
+def test_mask_leaves_padding_out_of_the_smooth_load():
+    mask = torch.arange(T) % 3 > 0
+    tensors = noisy_logits()
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor[~mask] = float("nan")
+    loss = load_loss(*tensors, K, mask=mask)
+    torch.testing.assert_close(loss, load_loss(*(tensor[mask] for tensor in tensors), K))
+    loss.backward()
+    for tensor in tensors:
+        assert tensor.grad.isfinite().all()
+        assert not tensor.grad[~mask].any()
+        assert tensor.grad[mask].any()
 
 
 def test_sequence_level_is_the_mean_over_sequences():
@@ -263,6 +368,7 @@ def test_compiles_whole(level):
 
     def all_losses(logits, ids, weights, mask):
         balance = load_balancing_loss(logits, ids, mask=mask, level=level, score_function="sigmoid")
+        balance = balance + load_loss(logits, logits / 2, logits.exp(), K, mask=mask)
         return balance + z_loss(logits, mask=mask) + importance_loss(weights, ids, E, mask=mask)
 
     mask = torch.arange(2 * T).view(2, T) % 5 > 0
@@ -308,6 +414,14 @@ def test_compiles_whole(level):
         (
             lambda: importance_loss(torch.ones(4, 2), torch.zeros(4, 1), 3),
             r"importance_loss: topk_weights and topk_ids must have one shape, got \[4, 2\] and \[4, 1\]",
+        ),
+        (
+            lambda: load_loss(torch.ones(4, 3), torch.ones(4, 3), torch.ones(3), 2),
+            r"load_loss: noisy_logits, clean_logits and noise_std must have one shape, got \[4, 3\], \[4, 3\] and",
+        ),
+        (
+            lambda: load_loss(torch.ones(4, 3), torch.ones(4, 3), torch.ones(4, 3), 3),
+            r"load_loss: top_k must be in \[1, num_experts - 1 = 2\], got 3",
         ),
     ],
 )

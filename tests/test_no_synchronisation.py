@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_moe import BiasBalancer, MoE, RoutingStats
 from torch_moe.balancing import METHODS
-from torch_moe.losses import GlobalLoad, importance_loss, load_balancing_loss, z_loss
+from torch_moe.losses import GlobalLoad, importance_loss, load_balancing_loss, load_loss, z_loss
 
 T, H, I, E, K = 24, 16, 8, 6, 2  # noqa: E741
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_consecutive", "bincount")
@@ -36,6 +36,7 @@ def test_a_step_never_waits(method, masked):
         loss = load_balancing_loss(logits, ids, mask=mask) + z_loss(logits, mask=mask)
         loss = loss + load_balancing_loss(logits, tokens_per_expert=load(ids, mask=mask), mask=mask)
         loss = loss + importance_loss(weights, ids, E, mask=mask)
+        loss = loss + load_loss(logits, logits.detach(), logits.exp(), K, mask=mask)
         loss.backward()
         balancer.step()
         stats.metrics()

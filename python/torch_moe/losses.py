@@ -26,7 +26,7 @@ from torch_moe._routing import count_tokens, flat_mask, is_recomputing, probabil
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["GlobalLoad", "hf_load_balancing_loss", "importance_loss", "load_balancing_loss", "z_loss"]
+__all__ = ["GlobalLoad", "hf_load_balancing_loss", "importance_loss", "load_balancing_loss", "load_loss", "z_loss"]
 
 
 def load_balancing_loss(
@@ -167,9 +167,71 @@ def importance_loss(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, *,
     # Ids are distinct within a token, so that nothing is added up in an order that varies from run to run.
     gates = weights.new_zeros(ids.shape[0], num_experts + 1)
     gates = gates.scatter(1, torch.where(counted, ids, num_experts), weights.masked_fill(~counted, 0))
-    importance = gates[:, :num_experts].sum(dim=0)
-    share = importance / importance.sum().clamp(min=torch.finfo(importance.dtype).tiny)
-    return num_experts * share.square().sum()
+    return _squared_variation(gates[:, :num_experts].sum(dim=0))
+
+
+def load_loss(
+    noisy_logits: Tensor, clean_logits: Tensor, noise_std: Tensor, top_k: int, *, mask: Tensor | None = None
+) -> Tensor:
+    r"""Return :math:`E \sum_i q_i^2 = 1 + CV^2(q)`, with :math:`q_i` expert :math:`i`'s share of the smooth load.
+
+    For the noisy top-k router. How many tokens an expert gets has no gradient; how likely it is to get them has:
+    :math:`P(x, i) = \Phi((z_i - t_i) / \sigma_i)` is the probability that fresh noise on expert :math:`i` alone puts it
+    among the ``top_k``, where :math:`t_i` is the ``top_k``-th largest noisy logit of the others. Its load is the sum of
+    P over the tokens. 1 at balance, ``num_experts / top_k`` when the same experts get every token; the original form is
+    this minus 1, with the same gradient, and is added to :func:`importance_loss`::
+
+        output, routing = layer(x, return_routing=True)
+        loss = load_loss(routing.router_logits, *layer.router.noise(x.flatten(0, -2)), top_k)
+
+    Parameters
+    ----------
+    noisy_logits : Tensor of shape (..., num_experts)
+        The logits that chose, of a router in training.
+    clean_logits : Tensor of shape (..., num_experts)
+        The same without noise, :math:`z`.
+    noise_std : Tensor of shape (..., num_experts)
+        Standard deviation of the noise, :math:`\sigma`.
+    top_k : int
+        Experts per token, fewer than there are: nothing is to be balanced where every token takes all.
+    mask : Tensor of shape (...), default=None
+        False or 0 where a token is padding.
+
+    Returns
+    -------
+    Tensor of shape (), dtype=float32 (float64 for float64 logits)
+        The loss without a coefficient; 0 where there is no token.
+
+    Raises
+    ------
+    ValueError
+        If a shape or ``top_k`` does not fit.
+
+    References
+    ----------
+    arXiv 1701.06538, appendix A.
+    """
+    shape, num_experts = noisy_logits.shape, noisy_logits.shape[-1]
+    if not shape == clean_logits.shape == noise_std.shape:
+        raise ValueError(
+            "load_loss: noisy_logits, clean_logits and noise_std must have one shape, got "
+            f"{list(shape)}, {list(clean_logits.shape)} and {list(noise_std.shape)}"
+        )
+    if not 1 <= top_k < num_experts:
+        raise ValueError(f"load_loss: top_k must be in [1, num_experts - 1 = {num_experts - 1}], got {top_k}")
+    dtype = torch.promote_types(noisy_logits.dtype, torch.float32)
+    noisy, clean, std = (t.reshape(-1, num_experts).to(dtype) for t in (noisy_logits, clean_logits, noise_std))
+    mask = flat_mask("load_loss", mask, noisy.shape[0])
+    padding = None if mask is None else ~mask.unsqueeze(-1)
+    if padding is not None:  # else NaN in the padding would spoil the gradient
+        noisy, clean = noisy.masked_fill(padding, 0), clean.masked_fill(padding, 0)
+    best = noisy.topk(top_k + 1, dim=-1).values
+    last, next_one = best[:, top_k - 1 : top_k], best[:, top_k:]
+    threshold = torch.where(noisy >= last, next_one, last)  # the last place, were the expert not there
+    probability = torch.special.ndtr((clean - threshold) / std.clamp(min=torch.finfo(dtype).eps))
+    if padding is not None:
+        probability = probability.masked_fill(padding, 0)
+    return _squared_variation(probability.sum(dim=0))
 
 
 def z_loss(router_logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -299,6 +361,12 @@ class GlobalLoad:
     def reset(self) -> None:
         """Forget the load: a new optimiser step begins."""
         self.tokens_per_expert.zero_()
+
+
+def _squared_variation(amounts: Tensor) -> Tensor:
+    """Return 1 plus the squared coefficient of variation of what each expert has (num_experts,), 0 if none has any."""
+    share = amounts / amounts.sum().clamp(min=torch.finfo(amounts.dtype).tiny)
+    return amounts.shape[0] * share.square().sum()
 
 
 def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -247,27 +247,78 @@ class TopKRouter(nn.Module):
         """Return the logits (num_tokens, num_experts + num_shared_sinks) in fp32, with jitter and noise in training."""
         return self._project(hidden_states, router_state)[0]
 
-    def _project(self, hidden_states: Tensor, router_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        config, state = self.config, None
-        dtype = torch.promote_types(torch.promote_types(hidden_states.dtype, self.weight.dtype), torch.float32)
-        x = hidden_states.to(dtype)
+    def noise(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what ``noisy`` adds noise to, and how much, for :func:`torch_moe.losses.load_loss`.
+
+        Parameters
+        ----------
+        hidden_states : Tensor of shape (num_tokens, hidden_size), any floating dtype
+            The tokens.
+
+        Returns
+        -------
+        clean_logits : Tensor of shape (num_tokens, num_experts), dtype=float32 or float64
+            The logits without noise.
+        noise_std : Tensor of shape (num_tokens, num_experts), dtype=float32 or float64
+            Standard deviation of the noise. Both are differentiable and have columns of zero experts, too.
+
+        Raises
+        ------
+        ValueError
+            If the router's logits in training are not these plus noise: without ``noisy``, with ``input_jitter`` or
+            ``logit_softcap``.
+        """
+        config = self.config
+        require(
+            "TopKRouter",
+            config.noisy and config.input_jitter == 0 and config.logit_softcap is None,
+            "noise() needs noisy=True, input_jitter=0 and logit_softcap=None: others have no logits that are these "
+            "plus noise",
+        )
+        x, dtype = self._widened(hidden_states)
         with without_autocast(hidden_states.device.type):
-            if self.input_scale is not None:
-                normed = functional.rms_norm(x, x.shape[-1:], eps=1e-6)
-                x = normed * self.input_scale.to(dtype) / math.sqrt(self.hidden_size)
-            if self.training and config.input_jitter > 0:
-                x = x * torch.empty_like(x).uniform_(1 - config.input_jitter, 1 + config.input_jitter)
-            at = hidden_states.dtype if config.projection_dtype == "input" else dtype
-            bias = None if self.bias is None else self.bias.to(at)
-            features = x.to(at)
-            if self.mlp is not None:
-                features, state = self.mlp(features, router_state)
-            logits = functional.linear(features, self.weight.to(at), bias).to(dtype)
+            x = self._seen(x)
+            logits, _ = self._clean_logits(x, hidden_states.dtype, None)
+            return logits[:, : config.num_choices].to(dtype), self._noise_std(x)[:, : config.num_choices]
+
+    def _project(self, hidden_states: Tensor, router_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x, dtype = self._widened(hidden_states)
+        with without_autocast(hidden_states.device.type):
+            x = self._seen(x)
+            logits, state = self._clean_logits(x, hidden_states.dtype, router_state)
+            logits = logits.to(dtype)
             if self.training and self.noise_weight is not None:
-                size = functional.softplus(functional.linear(x, self.noise_weight.to(dtype)))
-                logits = logits + torch.randn_like(logits) * size
-        cap = config.logit_softcap
+                logits = logits + torch.randn_like(logits) * self._noise_std(x)
+        cap = self.config.logit_softcap
         return (logits if cap is None else cap * torch.tanh(logits / cap)), state
+
+    def _widened(self, hidden_states: Tensor) -> tuple[Tensor, torch.dtype]:
+        """Return the tokens in the dtype of the router's arithmetic, and that: fp32, or fp64 where any is."""
+        dtype = torch.promote_types(torch.promote_types(hidden_states.dtype, self.weight.dtype), torch.float32)
+        return hidden_states.to(dtype), dtype
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """Return what the projection is given of the tokens."""
+        config = self.config
+        if self.input_scale is not None:
+            normed = functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+            x = normed * self.input_scale.to(x.dtype) / math.sqrt(self.hidden_size)
+        if self.training and config.input_jitter > 0:
+            x = x * torch.empty_like(x).uniform_(1 - config.input_jitter, 1 + config.input_jitter)
+        return x
+
+    def _clean_logits(
+        self, x: Tensor, input_dtype: torch.dtype, router_state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        at, state = input_dtype if self.config.projection_dtype == "input" else x.dtype, None
+        features = x.to(at)
+        if self.mlp is not None:
+            features, state = self.mlp(features, router_state)
+        return functional.linear(features, self.weight.to(at), None if self.bias is None else self.bias.to(at)), state
+
+    def _noise_std(self, x: Tensor) -> Tensor:
+        assert self.noise_weight is not None
+        return functional.softplus(functional.linear(x, self.noise_weight.to(x.dtype)))
 
     def scores(self, router_logits: Tensor) -> Tensor:
         """Return the score of every expert (num_tokens, num_experts), as the losses and the inspection want it."""
