@@ -235,6 +235,7 @@ def _blocks_call(model: Any, tokens: torch.Tensor, implementation: str, directio
         model.zero_grad(set_to_none=True)
         leaves = [hidden_states.detach().requires_grad_() for hidden_states in inputs]
         outputs = [block(leaf) for block, leaf in zip(blocks, leaves, strict=True)]
-        return torch.autograd.backward(outputs, gradients)
+        torch.autograd.backward(outputs, gradients)
+        return None
 
     return forward_backward if direction == FORWARD_BACKWARD else forward
