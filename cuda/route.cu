@@ -1,5 +1,5 @@
-// route, by one of three kernels: many tokens per warp (route_lanes.cuh) where few of up to 512 experts are chosen
-// without groups; else, to 512 experts and 32 choices, a warp has a token; beyond that, and for fp64, a block has one,
+// route, by one of three kernels: many tokens per warp (route_lanes.cuh) where at most 16 of up to 512 experts are
+// chosen; else, to 512 experts and 32 choices, a warp has a token; beyond that, and for fp64, a block has one,
 // with sort keys in shared memory.
 #include <algorithm>
 #include <bit>
@@ -14,9 +14,9 @@ __global__ void clear_kernel(int32_t* flag) { *flag = 0; }
 constexpr int kWarpsPerBlock = 8;
 
 template <typename T, int kItems>
-__global__ void __launch_bounds__(32 * kWarpsPerBlock) route_warp_kernel(RouteTask<T> task) {
+__global__ void __launch_bounds__(32 * kWarpsPerBlock, 4) route_warp_kernel(RouteTask<T> task) {
   const int64_t token = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / 32;
-  if (token < task.num_tokens) route_token<T, kItems>(task, token);
+  if (token < task.num_tokens) route_token(task, token, Items<kItems>{});
 }
 
 constexpr int kThreads = 256;
@@ -143,48 +143,48 @@ __global__ void __launch_bounds__(kThreads, 2) route_block_kernel(RouteTask<T> t
   }
 }
 
-template <typename T, int kQuads, int kLanes, bool kPlain>
-__global__ void __launch_bounds__(32 * kLaneWarps, kPlain ? 8 : 4) route_lanes_kernel(RouteTask<T> task) {
-  const int64_t first = (int64_t{blockIdx.x} * kLaneWarps + threadIdx.x / 32) * (32 / kLanes);
-  if (first < task.num_tokens) route_tokens<T, kQuads, kLanes, kPlain>(task, first);
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(32 * kLaneWarps, Shape::kBlocks) route_lanes_kernel(RouteTask<T> task) {
+  const int64_t first = (int64_t{blockIdx.x} * kLaneWarps + threadIdx.x / 32) * (32 / Shape::kLanes);
+  if (first < task.num_tokens) route_tokens<T, Shape>(task, first);
 }
 
-// Sets what route_token<T, kItems> is told.
-template <typename T, int kItems>
-void set_whole_lanes(RouteTask<T>* task) {
-  constexpr int64_t kLaneBytes = kItems * sizeof(T) < 16 ? kItems * sizeof(T) : 16;
-  task->whole_lanes = task->num_experts % kItems == 0 && reinterpret_cast<uintptr_t>(task->logits) % kLaneBytes == 0;
-}
-
-template <typename T, int kQuads, int kLanes, bool kPlain>
-Status launch_lanes(RouteTask<T> task, const CudaContext& cuda) {
-  set_whole_lanes<T, kWarpItems<kQuads, kLanes>>(&task);
-  constexpr int64_t kTokens = kLaneWarps * 32 / kLanes;
-  LAUNCH((route_lanes_kernel<T, kQuads, kLanes, kPlain>),
-         dim3(static_cast<unsigned>(ceil_div(task.num_tokens, kTokens))), dim3(32 * kLaneWarps), 0, stream(cuda), task);
+template <typename T, typename Shape>
+Status launch_lanes(const RouteTask<T>& task, const CudaContext& cuda) {
+  constexpr int64_t kTokens = kLaneWarps * 32 / Shape::kLanes;
+  LAUNCH((route_lanes_kernel<T, Shape>), dim3(static_cast<unsigned>(ceil_div(task.num_tokens, kTokens))),
+         dim3(32 * kLaneWarps), 0, stream(cuda), task);
   return launched("route", cuda);
 }
 
-template <typename T, bool kPlain>
-Status launch_lanes_of_quads(const RouteTask<T>& task, const CudaContext& cuda) {
-  if (task.num_experts <= 128) return launch_lanes<T, 8, 4, kPlain>(task, cuda);
-  if (task.num_experts <= 256) return launch_lanes<T, 8, 8, kPlain>(task, cuda);
-  return launch_lanes<T, 8, 16, kPlain>(task, cuda);
+template <typename T>
+Status launch_lanes_of_shape(const RouteTask<T>& task, const CudaContext& cuda) {
+  if (task.top_k > 8) return launch_lanes<T, LaneShape<8, 8, 8, 16, false>>(task, cuda);
+  if (task.num_experts <= 64) return launch_lanes<T, LaneShape<8, 2, 4, 8, false>>(task, cuda);
+  if (task.num_experts <= 128) {
+    return task.by_logits() ? launch_lanes<T, LaneShape<4, 8, 4, 8, true>>(task, cuda)
+                            : launch_lanes<T, LaneShape<4, 8, 4, 8, false>>(task, cuda);
+  }
+  return task.num_experts <= 256 ? launch_lanes<T, LaneShape<4, 8, 8, 8, false>>(task, cuda)
+                                 : launch_lanes<T, LaneShape<8, 8, 8, 8, false>>(task, cuda);
 }
 
 template <typename T>
 bool lanes_serve(const RouteTask<T>& task) {
-  const bool aligned = reinterpret_cast<uintptr_t>(task.logits) % (kQuad * sizeof(T)) == 0 &&
-                       reinterpret_cast<uintptr_t>(task.bias) % (kQuad * sizeof(float)) == 0;
-  // Its choice by that score would be 32 logarithms and roots in a row.
-  const bool by_root = task.by_score() && task.rule.score_function == ScoreFunction::kSqrtSoftplus;
-  return aligned && !by_root && !task.route_override && task.rule.num_groups == 1 && task.top_k <= kBest &&
-         task.num_experts % kQuad == 0 && task.num_experts <= 512;
+  const int experts = task.num_experts, groups = task.rule.num_groups;
+  const int unit = experts <= 128 ? 4 : 8;
+  const bool aligned = reinterpret_cast<uintptr_t>(task.logits) % at_most(unit * sizeof(T), 16) == 0 &&
+                       reinterpret_cast<uintptr_t>(task.bias) % 16 == 0;
+  const bool groups_fit = groups == 1 || (groups == 8 && (experts == 128 || experts == 256 || experts == 512));
+  // Lanes for 16 choices are those for 512 experts, and a unit of each of few experts would be all that they have.
+  const bool choices_fit = task.top_k <= 8 || (task.top_k <= 16 && groups == 1 && experts > 128);
+  return aligned && groups_fit && choices_fit && !task.route_override && experts % unit == 0 && experts <= 512;
 }
 
 template <typename T, int kItems>
 Status launch_warps(RouteTask<T> task, const CudaContext& cuda) {
-  set_whole_lanes<T, kItems>(&task);
+  constexpr int64_t kLaneBytes = at_most(kItems * sizeof(T), 16);
+  task.whole_lanes = task.num_experts % kItems == 0 && reinterpret_cast<uintptr_t>(task.logits) % kLaneBytes == 0;
   LAUNCH((route_warp_kernel<T, kItems>), dim3(static_cast<unsigned>(ceil_div(task.num_tokens, kWarpsPerBlock))),
          dim3(32 * kWarpsPerBlock), 0, stream(cuda), task);
   return launched("route", cuda);
@@ -234,13 +234,7 @@ Status route_cuda(const RouteArgs& args, const CudaContext& cuda) {
                             nullptr,
                             RouteRule<Real>(args.options)};
     if constexpr (sizeof(T) <= 4) {
-      if constexpr (!std::is_same_v<T, __half>) {  // rare as logits, and so many kernels to compile
-        if (lanes_serve(task)) {
-          if (task.num_experts <= 64) return launch_lanes<T, 2, 8, false>(task, cuda);
-          return task.by_score() || task.bias ? launch_lanes_of_quads<T, false>(task, cuda)
-                                              : launch_lanes_of_quads<T, true>(task, cuda);
-        }
-      }
+      if (lanes_serve(task)) return launch_lanes_of_shape(task, cuda);
       const int items = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(ceil_div(args.num_experts, 32))));
       const bool groups_fit = args.route_override || args.options.num_groups == 1 ||
                               lanes_of_group(task.num_experts, task.rule.num_groups, items) > 0;

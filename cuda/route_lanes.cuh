@@ -1,98 +1,45 @@
 // route of several tokens by a warp, each in kLanes lanes, so that the steps of a reduction and of a selection are
-// shared. For up to 8 choices of up to 512 experts, without groups.
+// shared. For up to 16 choices of up to 512 experts, and eight groups of experts.
 //
-// Four adjacent experts are a quad. The 8 best experts are in the 8 quads with the largest maxima: those are found
-// first, and then the best of their 32 experts. Both by sorting 8 keys in each lane and merging the lists of the lanes,
-// with minima and maxima alone. A key has 32 bits: the upper bits of a value, and below them the complement of the
-// expert's id, so that of equal values the lower id wins.
-// A NaN has a place in that order, too: beyond infinity, on either side.
+// Four or eight adjacent experts are a unit. The best experts are in as many units, those with the largest maxima:
+// these are found first, and then the best of their experts. Both by sorting the keys of each lane and merging the
+// lists of the lanes, with minima and maxima alone. A key has 32 bits: the upper bits of a value, and below them the
+// complement of the expert's id, so that of equal values the lower id wins. A NaN has a place in that order, too:
+// beyond infinity, on either side.
 //
 // Keys decide only what they can. What was chosen is held against all values, and a token for which the upper bits did
 // not suffice, or with values that are not finite among the chosen, is routed again by the whole warp (route_warp.cuh).
 #pragma once
 
+#include "route_sort.cuh"
 #include "route_warp.cuh"
 
 namespace moe::cuda {
 
-constexpr int kBest = 8, kQuad = 4, kLaneWarps = 4, kNoQuad = 1 << 20;
+constexpr int kLaneWarps = 4;
 
-// What route_token has per lane for as many experts.
-template <int kQuads, int kLanes>
-constexpr int kWarpItems = kQuad * kQuads * kLanes > 32 ? kQuad * kQuads * kLanes / 32 : 1;
+// A token has kLanes lanes, a lane kUnits units of kUnit experts each: unit v of a lane is unit v * kLanes + lane of
+// the token. kBest: the most choices. kPlain: the choice is by logits alone, which leaves registers for more warps.
+template <int kLanes_, int kUnits_, int kUnit_, int kBest_, bool kPlain_>
+struct LaneShape {
+  static constexpr int kLanes = kLanes_, kUnits = kUnits_, kUnit = kUnit_, kBest = kBest_;
+  static constexpr bool kPlain = kPlain_;
+  static constexpr int kExperts = kLanes * kUnits * kUnit;
+  static constexpr int kGroupExperts = kLanes * kUnit;          // of group v of kUnits, which is unit v of all lanes
+  static constexpr bool kDirect = kUnits * kUnit == kBest;      // a lane's list holds all of its experts
+  static constexpr int kPer = kBest / kLanes;                   // choices of a lane, and units that it looks at again
+  static constexpr int kBlocks = kPlain && kUnit == 4 ? 8 : 4;  // that share a multiprocessor
+  static_assert(kBest % kLanes == 0 && (kDirect || kUnits % kLanes == 0), "lanes have as many choices, and groups");
+  static_assert((kExperts & (kExperts - 1)) == 0, "an id is what a mask leaves of a key");
+};
 
-// fold(x, y) over a token's lanes, the same in each of them.
-template <int kLanes, typename Fold>
-__device__ __forceinline__ float fold_lanes(float x, const Fold& fold) {
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) x = fold(x, __shfl_xor_sync(~0u, x, step));
-  return x;
-}
-template <int kLanes>
-__device__ __forceinline__ float sum_lanes(float x) {
-  return fold_lanes<kLanes>(x, [](float a, float b) { return a + b; });
-}
-template <int kLanes>
-__device__ __forceinline__ float max_lanes(float x) {
-  return fold_lanes<kLanes>(x, [](float a, float b) { return fmaxf(a, b); });
-}
-
-// The larger first.
-__device__ __forceinline__ void order(uint32_t& a, uint32_t& b) {
-  const uint32_t larger = a > b ? a : b;
-  b = a > b ? b : a;
-  a = larger;
-}
-
-// The first n of a list, descending, by Batcher's network.
-template <int n>
-__device__ __forceinline__ void sort(uint32_t (&list)[kBest]) {
-  constexpr int kPairs[19][2] = {{0, 1}, {2, 3}, {0, 2}, {1, 3}, {1, 2}, {4, 5}, {6, 7}, {4, 6}, {5, 7}, {5, 6},
-                                 {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
-#pragma unroll
-  for (int i = 0; i < (n == 4 ? 5 : 19); ++i) order(list[kPairs[i][0]], list[kPairs[i][1]]);
-}
-
-// The best 8 of this lane's list and of that of the lane `step` away. Of either, only the first n are more than 0.
-template <int n>
-__device__ __forceinline__ void merge(uint32_t (&list)[kBest], int step) {
-  uint32_t other[kBest] = {};
-#pragma unroll
-  for (int i = 0; i < n; ++i) other[i] = __shfl_xor_sync(~0u, list[i], step);
-#pragma unroll
-  for (int i = 0; i < kBest; ++i) {
-    const uint32_t last = other[kBest - 1 - i];
-    if (i >= n)
-      list[i] = last;
-    else if (kBest - 1 - i < n)
-      list[i] = list[i] > last ? list[i] : last;
-  }
-  // First ascending, then descending, or the reverse: three steps sort that.
-#pragma unroll
-  for (int half = kBest / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < kBest; ++i) {
-      if ((i & half) == 0) order(list[i], list[i + half]);
-    }
-  }
-}
-template <int n, int kLanes>
-__device__ __forceinline__ void sort_lanes(uint32_t (&list)[kBest]) {
-  sort<n>(list);
-  if constexpr (kLanes > 1) merge<n>(list, 1);
-#pragma unroll
-  for (int step = 2; step < kLanes; step *= 2) merge<kBest>(list, step);
-}
-
-// kPlain: the choice is by logits alone, which leaves registers for more warps.
-template <typename T, int kQuads, int kLanes, bool kPlain>
+template <typename T, typename Shape>
 class LaneRouter {
-  static constexpr int kPer = kLanes < kBest ? kBest / kLanes : 1;  // choices of a lane, and quads it looks at again
-  static constexpr bool kDirect = kQuads * kQuad == kBest;          // a lane's list holds all of its experts
-  static constexpr int kSeen = kDirect ? kQuads : kPer;
-  static constexpr int kTakers = kLanes < kBest ? kLanes : kBest;  // lanes that have choices
+  static constexpr int kLanes = Shape::kLanes, kUnits = Shape::kUnits, kUnit = Shape::kUnit, kBest = Shape::kBest;
+  static constexpr int kPer = Shape::kPer, kSeen = Shape::kDirect ? kUnits : kPer;
+  static constexpr float kLeastLogit = -80;
   static constexpr float kLog2E = 1.44269504088896340736f;
-  static constexpr uint32_t kLastQuad = kQuads * kLanes - 1, kLastId = kQuad * kQuads * kLanes - 1;
+  static constexpr uint32_t kLastUnit = kUnits * kLanes - 1, kLastId = Shape::kExperts - 1;
 
  public:
   // `token` is the lane's.
@@ -101,48 +48,57 @@ class LaneRouter {
 
   // Whether the lane's choices are known to be right, as far as this lane can tell.
   __device__ __forceinline__ bool choose() {
-    float c[kQuads][kQuad], maxima[kQuads];
+    float c[kUnits][kUnit], maxima[kUnits];
     load(c);
     if (task_.non_finite) {
       bool finite = true;
 #pragma unroll
-      for (int v = 0; v < kQuads; ++v) {
+      for (int v = 0; v < kUnits; ++v) {
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) finite &= !exists(v * kLanes + lane_) || is_finite(c[v][i]);
+        for (int i = 0; i < kUnit; ++i) finite &= !exists(v * kLanes + lane_) || is_finite(c[v][i]);
       }
       task_.check_finite(finite);
     }
-    find_maxima(c, maxima);
+    find_maxima(c, maxima, [](float a, float b) { return fmaxf(a, b); });
     if (task_.rule.over_all()) {
       largest_ = maxima[0];
 #pragma unroll
-      for (int v = 1; v < kQuads; ++v) largest_ = fmaxf(largest_, maxima[v]);
+      for (int v = 1; v < kUnits; ++v) largest_ = fmaxf(largest_, maxima[v]);
       largest_ = max_lanes<kLanes>(largest_);
-      float sum[kQuad] = {};
+      float sum[kUnit] = {};
 #pragma unroll
-      for (int v = 0; v < kQuads; ++v) {
+      for (int v = 0; v < kUnits; ++v) {
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) sum[i] += exponent(c[v][i]);  // 0 for what does not exist
+        for (int i = 0; i < kUnit; ++i) sum[i] += exponent(c[v][i]);  // 0 for what does not exist
       }
-      scale_ = 1 / sum_lanes<kLanes>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+#pragma unroll
+      for (int half = kUnit / 2; half > 0; half /= 2) {
+#pragma unroll
+        for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+      }
+      scale_ = 1 / sum_lanes<kLanes>(sum[0]);
       in_range_ = fabsf(largest_ * kLog2E) < INFINITY;
     }
     if (!by_logits()) {
 #pragma unroll
-      for (int v = 0; v < kQuads; ++v) to_choice(v * kLanes + lane_, c[v]);
-      find_maxima(c, maxima);
+      for (int v = 0; v < kUnits; ++v) to_choice(v * kLanes + lane_, c[v]);
+      find_maxima(c, maxima, [](float a, float b) { return ptx::max_or_nan(a, b); });
     }
-    uint32_t list[kBest] = {};
-    if constexpr (kDirect) {
+    if constexpr (!Shape::kDirect && !Shape::kPlain) {
+      if (task_.rule.num_groups > 1) drop_groups(c, maxima);
+    }
+    uint32_t list[kBest];
+    if constexpr (Shape::kDirect) {
+      uint32_t keys[kUnits * kUnit];
 #pragma unroll
-      for (int v = 0; v < kQuads; ++v) {
-        add_keys(list, v, v * kLanes + lane_, c[v]);
+      for (int v = 0; v < kUnits; ++v) {
+        add_keys(keys, v, v * kLanes + lane_, c[v]);
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) seen_[v][i] = c[v][i];
+        for (int i = 0; i < kUnit; ++i) seen_[v][i] = c[v][i];
       }
-      sort_lanes<kBest, kLanes>(list);
+      best_of_lanes<kLanes>(keys, list);
     } else {
-      best_of_quads(maxima, list);
+      best_of_units(maxima, list);
     }
     return decide(list, maxima);
   }
@@ -180,98 +136,217 @@ class LaneRouter {
   }
 
  private:
-  __device__ __forceinline__ bool by_logits() const { return kPlain || (!task_.by_score() && !task_.bias); }
+  __device__ __forceinline__ bool by_logits() const { return Shape::kPlain || task_.by_logits(); }
   __device__ __forceinline__ int place(int i) const { return lane_ * kPer + i; }
   __device__ __forceinline__ bool has(int i) const { return place(i) < task_.top_k; }
-  __device__ __forceinline__ bool exists(int quad) const { return quad < task_.num_experts / kQuad; }
+  __device__ __forceinline__ bool exists(int unit) const { return unit < task_.num_experts / kUnit; }
   __device__ __forceinline__ float exponent(float z) const {
     // The rounding of the second product is the same for all, and so no part of a quotient of exponentials.
     return ptx::exp2_approx(__fmaf_rn(z, kLog2E, -(largest_ * kLog2E)));
   }
 
   // All that the lane has. Where all exist, addresses are one and constants.
-  __device__ __forceinline__ void load(float (&z)[kQuads][kQuad]) const {
-    if (task_.num_experts == kQuad * kQuads * kLanes) {
-      const T* mine = logits_ + kQuad * lane_;
+  __device__ __forceinline__ void load(float (&z)[kUnits][kUnit]) const {
+    if (task_.num_experts == Shape::kExperts) {
+      const T* mine = logits_ + kUnit * lane_;
 #pragma unroll
-      for (int v = 0; v < kQuads; ++v) widen_quad(mine + v * kLanes * kQuad, z[v]);
+      for (int v = 0; v < kUnits; ++v) widen_unit(mine + v * kLanes * kUnit, z[v]);
     } else {
 #pragma unroll
-      for (int v = 0; v < kQuads; ++v) load_quad(v * kLanes + lane_, z[v]);
+      for (int v = 0; v < kUnits; ++v) load_unit(v * kLanes + lane_, z[v]);
     }
   }
-  static __device__ __forceinline__ void widen_quad(const T* p, float (&z)[kQuad]) {
-    using Word = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
-    const Word word = __ldg(reinterpret_cast<const Word*>(p));
-    T parts[kQuad];
-    memcpy(parts, &word, sizeof(parts));
+  static __device__ __forceinline__ void widen_unit(const T* p, float (&z)[kUnit]) {
+    using Word = std::conditional_t<kUnit * sizeof(T) == 8, uint2, uint4>;
+    constexpr int kWords = kUnit * sizeof(T) / sizeof(Word);
+    Word words[kWords];
+    T parts[kUnit];
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) z[i] = widen(parts[i]);
+    for (int i = 0; i < kWords; ++i) words[i] = __ldg(reinterpret_cast<const Word*>(p) + i);
+    memcpy(parts, words, sizeof(parts));
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) z[i] = widen(parts[i]);
   }
-  // -infinity for a quad that does not exist.
-  __device__ __forceinline__ void load_quad(int quad, float (&z)[kQuad]) const {
-    if (exists(quad)) return widen_quad(logits_ + quad * kQuad, z);
+  // -infinity for a unit that does not exist.
+  __device__ __forceinline__ void load_unit(int unit, float (&z)[kUnit]) const {
+    if (exists(unit)) return widen_unit(logits_ + unit * kUnit, z);
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) z[i] = kNone<float>;
+    for (int i = 0; i < kUnit; ++i) z[i] = kNone<float>;
   }
 
   // What is chosen by, from a logit. Written so that no compiler rounds it differently in two places.
   __device__ __forceinline__ float choice(float z, float bias) const {
-    if (task_.by_score()) z = task_.rule.is_softmax() ? __fmul_rn(exponent(z), scale_) : sigmoid<float>(z);
+    if (task_.by_score()) {
+      switch (task_.rule.score_function) {
+        case ScoreFunction::kSoftmax:
+          z = __fmul_rn(exponent(z), scale_);
+          break;
+        case ScoreFunction::kSigmoid:
+          z = ptx::reciprocal_approx(__fadd_rn(1, ptx::exp2_approx(__fmul_rn(z, -kLog2E))));
+          break;
+        case ScoreFunction::kSqrtSoftplus:
+          z = ptx::sqrt_approx(softplus(z));
+      }
+    }
     return task_.bias ? __fadd_rn(z, bias) : z;
   }
-  __device__ __forceinline__ void to_choice(int quad, float (&z)[kQuad]) const {
-    if (!exists(quad)) return;
-    float4 bias = {};
-    if (task_.bias) bias = __ldg(reinterpret_cast<const float4*>(task_.bias) + quad);
-    z[0] = choice(z[0], bias.x), z[1] = choice(z[1], bias.y);
-    z[2] = choice(z[2], bias.z), z[3] = choice(z[3], bias.w);
-  }
-
-  static __device__ __forceinline__ float quad_maximum(const float (&c)[kQuad]) {
-    return fmaxf(fmaxf(c[0], c[1]), fmaxf(c[2], c[3]));
-  }
-  __device__ __forceinline__ void find_maxima(const float (&c)[kQuads][kQuad], float (&maxima)[kQuads]) const {
+  // max(z, 0) + log1p(t), t = exp(-|z|). log1p(t) / t has no zero, so a polynomial of it keeps t's relative precision.
+  static __device__ __forceinline__ float softplus(float z) {
+    constexpr float kFactors[] = {0.00523262424f, -0.0295049567f, 0.0782254934f, -0.13663207f, 0.191059887f,
+                                  -0.248429775f,  0.333190948f,   -0.499994934f, 0.99999994f};
+    const float t = ptx::exp2_approx(__fmul_rn(fabsf(z), -kLog2E));
+    float quotient = kFactors[0];
 #pragma unroll
-    for (int v = 0; v < kQuads; ++v) maxima[v] = quad_maximum(c[v]);
+    for (int i = 1; i < static_cast<int>(sizeof(kFactors) / sizeof(float)); ++i) {
+      quotient = __fmaf_rn(quotient, t, kFactors[i]);
+    }
+    return __fmaf_rn(quotient, t, z < 0 ? 0 : z);
   }
-
-  __device__ __forceinline__ void add_keys(uint32_t (&list)[kBest], int at, int quad, const float (&c)[kQuad]) const {
+  __device__ __forceinline__ void to_choice(int unit, float (&z)[kUnit]) const {
+    if (!exists(unit)) return;
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      list[at * kQuad + i] = (in_order(c[i]) & ~kLastId) | (kLastId - static_cast<uint32_t>(quad * kQuad + i));
+    for (int i = 0; i < kUnit; i += 4) {
+      float4 bias = {};
+      if (task_.bias) bias = __ldg(reinterpret_cast<const float4*>(task_.bias + unit * kUnit + i));
+      z[i] = choice(z[i], bias.x), z[i + 1] = choice(z[i + 1], bias.y);
+      z[i + 2] = choice(z[i + 2], bias.z), z[i + 3] = choice(z[i + 3], bias.w);
     }
   }
 
-  // The keys of the best 8 in the 8 best quads: each lane looks again at kPer of those.
-  __device__ __forceinline__ void best_of_quads(const float (&maxima)[kQuads], uint32_t (&list)[kBest]) {
-    uint32_t quads[kBest];
+  // A group is unit v of all lanes.
+  __device__ __forceinline__ bool is_dropped(int group) const { return (dropped_ >> group & 1) != 0; }
+  __device__ __forceinline__ float dropped_choice() const {
+    return task_.rule.group_mask == GroupMask::kZero ? 0.0f : kNone<float>;
+  }
+
+  // Takes the choices of all but the best groups away.
+  __device__ __forceinline__ void drop_groups(const float (&c)[kUnits][kUnit], float (&maxima)[kUnits]) {
+    constexpr int kOwn = kUnits / kLanes;  // groups whose score a lane computes: lane * kOwn + i
+    float first[kUnits], second[kUnits];
 #pragma unroll
-    for (int v = 0; v < kQuads; ++v) {
-      quads[v] = (in_order(maxima[v]) & ~kLastQuad) | (kLastQuad - static_cast<uint32_t>(v * kLanes + lane_));
+    for (int v = 0; v < kUnits; ++v) {
+      first[v] = maxima[v], second[v] = second_of_unit(c[v]);
+      in_range_ &= first[v] < INFINITY || MOE_BUG(route, 14);  // with others, and NaN, there is no order of sums
     }
-    sort_lanes<kBest, kLanes>(quads);
+    // In each step a lane keeps one half of the groups and gives the other away.
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      const bool upper = (lane_ & step) != 0;
+      const int half = kOwn * step;
+#pragma unroll
+      for (int v = 0; v < half; ++v) {
+        const float other_first = __shfl_xor_sync(~0u, upper ? first[v] : first[v + half], step);
+        const float other_second = __shfl_xor_sync(~0u, upper ? second[v] : second[v + half], step);
+        const float mine = upper ? first[v + half] : first[v], runner_up = upper ? second[v + half] : second[v];
+        second[v] = fmaxf(MOE_BUG(route, 15) ? mine : fminf(mine, other_first), fmaxf(runner_up, other_second));
+        first[v] = fmaxf(mine, other_first);
+      }
+    }
+    float score[kOwn];
+    int ahead[kOwn] = {};
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      score[i] = task_.rule.group_score == GroupScore::kMax ? first[i] : __fadd_rn(first[i], second[i]);
+    }
+#pragma unroll
+    for (int away = 0; away < kLanes; ++away) {
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+        const float other = __shfl_xor_sync(~0u, score[j], away);
+        const int group = (lane_ ^ away) * kOwn + j;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          const bool lower = group < lane_ * kOwn + i && !MOE_BUG(route, 16);
+          ahead[i] += other > score[i] || (other == score[i] && lower) ? 1 : 0;
+        }
+      }
+    }
+    dropped_ = 0;
+    const int first_lane = static_cast<int>(threadIdx.x) % 32 - lane_;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const uint32_t lanes = __ballot_sync(~0u, ahead[i] >= task_.rule.topk_groups) >> first_lane;
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) dropped_ |= (lanes >> lane & 1) << (lane * kOwn + i);
+    }
+#pragma unroll
+    for (int v = 0; v < kUnits; ++v) maxima[v] = is_dropped(v) ? dropped_choice() : maxima[v];
+  }
+
+  template <typename Max>
+  static __device__ __forceinline__ float unit_maximum(const float (&c)[kUnit], const Max& max) {
+    float largest[kUnit / 2];
+#pragma unroll
+    for (int i = 0; i < kUnit / 2; ++i) largest[i] = max(c[i], c[i + kUnit / 2]);
+#pragma unroll
+    for (int half = kUnit / 4; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) largest[i] = max(largest[i], largest[i + half]);
+    }
+    return largest[0];
+  }
+  static __device__ __forceinline__ float second_of_unit(const float (&c)[kUnit]) {
+    float first[kUnit / 2], second[kUnit / 2];
+#pragma unroll
+    for (int i = 0; i < kUnit / 2; ++i) {
+      first[i] = fmaxf(c[i], c[i + kUnit / 2]), second[i] = fminf(c[i], c[i + kUnit / 2]);
+    }
+#pragma unroll
+    for (int half = kUnit / 4; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        second[i] = fmaxf(fminf(first[i], first[i + half]), fmaxf(second[i], second[i + half]));
+        first[i] = fmaxf(first[i], first[i + half]);
+      }
+    }
+    return second[0];
+  }
+  template <typename Max>
+  static __device__ __forceinline__ void find_maxima(const float (&c)[kUnits][kUnit], float (&maxima)[kUnits],
+                                                     const Max& max) {
+#pragma unroll
+    for (int v = 0; v < kUnits; ++v) maxima[v] = unit_maximum(c[v], max);
+  }
+
+  template <int n>
+  __device__ __forceinline__ void add_keys(uint32_t (&keys)[n], int at, int unit, const float (&c)[kUnit]) const {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      keys[at * kUnit + i] = (in_order(c[i]) & ~kLastId) | (kLastId - static_cast<uint32_t>(unit * kUnit + i));
+    }
+  }
+
+  // The keys of the best in the best units: each lane looks again at kPer of those.
+  __device__ __forceinline__ void best_of_units(const float (&maxima)[kUnits], uint32_t (&list)[kBest]) {
+    uint32_t units[kUnits], best[kBest], keys[kPer * kUnit];
+#pragma unroll
+    for (int v = 0; v < kUnits; ++v) {
+      units[v] = (in_order(maxima[v]) & ~kLastUnit) | (kLastUnit - static_cast<uint32_t>(v * kLanes + lane_));
+    }
+    best_of_lanes<kLanes>(units, best);
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
-      const auto quad = static_cast<int>(kLastQuad - (pick(quads, i) & kLastQuad));
-      const bool mine = kLanes <= kBest || lane_ < kTakers;
-      load_quad(mine ? quad : kNoQuad, seen_[i]);
-      if (!by_logits()) to_choice(mine ? quad : kNoQuad, seen_[i]);
-      if (mine) add_keys(list, i, quad, seen_[i]);
+      const auto unit = static_cast<int>(kLastUnit - (pick(best, i) & kLastUnit));
+      load_unit(unit, seen_[i]);
+      if (!by_logits()) to_choice(unit, seen_[i]);
+      const bool dropped = is_dropped(unit / kLanes);
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) seen_[i][j] = dropped ? dropped_choice() : seen_[i][j];
+      add_keys(keys, i, unit, seen_[i]);
     }
-    sort_lanes<kPer * kQuad, kTakers>(list);
+    best_of_lanes<kLanes>(keys, list);
   }
 
-  // list[place(i)], or 0.
+  // list[place(i)].
   static __device__ __forceinline__ uint32_t pick(const uint32_t (&list)[kBest], int i) {
     const int lane = threadIdx.x % kLanes;
     uint32_t key = 0;
 #pragma unroll
-    for (int l = 0; l < kTakers; ++l) key = lane == l ? list[l * kPer + i] : key;
+    for (int l = 0; l < kLanes; ++l) key = lane == l ? list[l * kPer + i] : key;
     return key;
   }
 
-  __device__ __forceinline__ bool decide(const uint32_t (&list)[kBest], const float (&maxima)[kQuads]) {
+  __device__ __forceinline__ bool decide(const uint32_t (&list)[kBest], const float (&maxima)[kUnits]) {
     bool right = in_range_;
     float c[kPer];
 #pragma unroll
@@ -281,6 +356,9 @@ class LaneRouter {
       z_[i] = valid ? widen(logits_[id_[i]]) : kNone<float>;
       c[i] = z_[i];
       if (valid && !by_logits()) c[i] = choice(z_[i], task_.bias ? task_.bias[id_[i]] : 0.0f);
+      if (is_dropped(id_[i] / Shape::kGroupExperts)) c[i] = dropped_choice();
+      // The approximate exponential has no small numbers; no score below 1e-17 decides here.
+      if (valid && task_.by_score()) right &= task_.rule.is_softmax() || z_[i] > kLeastLogit;
     }
     // 1. In order.
     const float next_c = __shfl_down_sync(~0u, c[0], 1, kLanes);
@@ -298,20 +376,24 @@ class LaneRouter {
     for (int i = 1; i < kPer; ++i) least = (task_.top_k - 1) % kPer == i ? c[i] : least;
     least = __shfl_sync(~0u, least, (task_.top_k - 1) / kPer, kLanes);
     if (!MOE_BUG(route, 10)) right &= least > kNone<float>;
-    // 3. No other is as good: none of those that were sorted, and no quad that was not looked at again. Of 16 bits a
+    // 3. No other is as good: none of those that were sorted, and no unit that was not looked at again. Of 16 bits a
     // key has all, so it cannot have erred.
     if ((sizeof(T) == 2 && by_logits()) || MOE_BUG(route, 11)) return right;
     const float wrong = MOE_BUG(route, 12) ? 0 : 1024;  // more than the sorted can be
     float count = 0;
 #pragma unroll
     for (int v = 0; v < kSeen; ++v) {
+      bool any = false;
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) count += seen_[v][i] >= least ? 1.0f : 0.0f;
-      if constexpr (!kDirect) count -= quad_maximum(seen_[v]) >= least ? wrong : 0.0f;
+      for (int i = 0; i < kUnit; ++i) {
+        any |= seen_[v][i] >= least;
+        count += seen_[v][i] >= least ? 1.0f : 0.0f;
+      }
+      if constexpr (!Shape::kDirect) count -= any ? wrong : 0.0f;
     }
-    if constexpr (!kDirect) {
+    if constexpr (!Shape::kDirect) {
 #pragma unroll
-      for (int v = 0; v < kQuads; ++v) count += maxima[v] >= least ? wrong : 0.0f;
+      for (int v = 0; v < kUnits; ++v) count += maxima[v] >= least ? wrong : 0.0f;
     }
     const float of_all = sum_lanes<kLanes>(count);
     return right && of_all == static_cast<float>(task_.top_k);
@@ -320,27 +402,37 @@ class LaneRouter {
   const RouteTask<T>& task_;
   const T* logits_;
   int lane_;
+  uint32_t dropped_ = 0;           // groups, as bits
   float largest_ = 0, scale_ = 0;  // of the softmax
-  bool in_range_ = true;           // of its exponents
-  float seen_[kSeen][kQuad];       // what the last sort was over
+  bool in_range_ = true;           // of what the approximations are good for
+  float seen_[kSeen][kUnit];       // what the last sort was over
   float z_[kPer], weight_[kPer];
   int32_t id_[kPer];
 };
 
+// One token, again; rare, so its code is short.
+template <typename T>
+__device__ __attribute__((noinline)) void route_again(const RouteTask<T>& task, int64_t token) {
+  int items = 1;
+  while (32 * items < task.num_experts) items *= 2;
+  route_token(task, token, Items<16, false>{items});
+}
+
 // The tokens from `first` on, 32 / kLanes of them. By one warp.
-template <typename T, int kQuads, int kLanes, bool kPlain>
+template <typename T, typename Shape>
 __device__ __forceinline__ void route_tokens(const RouteTask<T>& task, int64_t first) {
+  constexpr int kLanes = Shape::kLanes;
   constexpr uint32_t kOneToken = (1u << kLanes) - 1;
   const int mine = static_cast<int>(threadIdx.x % 32) / kLanes;
   const bool active = first + mine < task.num_tokens;
   const int64_t token = active ? first + mine : first;
-  LaneRouter<T, kQuads, kLanes, kPlain> router(task, token);
+  LaneRouter<T, Shape> router(task, token);
   uint32_t open = __ballot_sync(~0u, !router.choose() && active);
   router.weigh();
   if (active && (open >> mine * kLanes & kOneToken) == 0) router.store(token);
   while (open != 0 && !MOE_BUG(route, 13)) {
     const int next = (__ffs(static_cast<int>(open)) - 1) / kLanes;
-    route_token<T, kWarpItems<kQuads, kLanes>>(task, first + next);
+    route_again(task, first + next);
     open &= ~(kOneToken << next * kLanes);
   }
 }

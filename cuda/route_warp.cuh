@@ -54,6 +54,8 @@ struct RouteTask {
   __host__ __device__ __forceinline__ bool by_score() const {
     return rule.scores_first && (bias || rule.num_groups > 1);
   }
+  // The choice is by logits as they are.
+  __host__ __device__ __forceinline__ bool by_logits() const { return !bias && rule.num_groups == 1; }
   __device__ __forceinline__ void check_finite(bool finite) const {
     if (non_finite && !finite) atomicMax(non_finite, 1);
   }
@@ -97,17 +99,34 @@ __device__ __forceinline__ void store_selection(const RouteTask<T>& task, int64_
 
 constexpr int kMostChoices = 32;
 
-// The logits of experts lane * kItems + i; -infinity past the last.
-template <int kItems, typename T>
-__device__ __forceinline__ void load_logits(const RouteTask<T>& task, int64_t token, int lane, float (&z)[kItems]) {
+// The values that a lane has: as many as an array holds, in registers; or `count` of them in local memory, by loops
+// that are not unrolled, where the code has to be short rather than fast.
+template <int kItems_, bool kInRegisters_ = true>
+struct Items {
+  static constexpr int kItems = kItems_;
+  static constexpr bool kInRegisters = kInRegisters_;
+  int some = kItems;
+
+  __device__ __forceinline__ int count() const { return kInRegisters ? kItems : some; }
+  template <typename Fn>
+  __device__ __forceinline__ void for_each(const Fn& fn) const {
+#pragma unroll(kInRegisters ? kItems : 1)
+    for (int i = 0; i < count(); ++i) fn(i);
+  }
+};
+
+// The logits of experts lane * items + i; -infinity past the last.
+template <typename T, typename Some, int kItems>
+__device__ __forceinline__ void load_logits(const RouteTask<T>& task, int64_t token, int lane, Some items,
+                                            float (&z)[kItems]) {
   constexpr int kBytes = kItems * static_cast<int>(sizeof(T));
   using Word =
       std::conditional_t<kBytes >= 16, uint4,
                          std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
   constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
   const T* logits = task.logits + token * task.num_experts;
-  const int first = lane * kItems;
-  if (task.whole_lanes) {
+  const int first = lane * items.count();
+  if (Some::kInRegisters && task.whole_lanes) {
     if (first < task.num_experts) {
       Word words[kWords];
       T parts[kItems];
@@ -122,8 +141,7 @@ __device__ __forceinline__ void load_logits(const RouteTask<T>& task, int64_t to
     }
     return;
   }
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) z[i] = first + i < task.num_experts ? widen(logits[first + i]) : kNone<float>;
+  items.for_each([&](int i) { z[i] = first + i < task.num_experts ? widen(logits[first + i]) : kNone<float>; });
 }
 
 // Lanes that share a group, or 0 when a group's experts are not the whole of 1, 2, 4, .. lanes.
@@ -132,14 +150,13 @@ __host__ __device__ inline int lanes_of_group(int num_experts, int num_groups, i
   return size % items == 0 && (lanes & (lanes - 1)) == 0 ? lanes : 0;
 }
 
-template <typename T, int kItems>
-__device__ __forceinline__ void drop_groups(const RouteTask<T>& task, int lane, const float (&c)[kItems],
+template <typename T, typename Some, int kItems>
+__device__ __forceinline__ void drop_groups(const RouteTask<T>& task, int lane, Some items, const float (&c)[kItems],
                                             uint32_t (&keys)[kItems]) {
   const int num_groups = task.rule.num_groups;
-  const int lanes = lanes_of_group(task.num_experts, num_groups, kItems), group = lane / lanes;
+  const int lanes = lanes_of_group(task.num_experts, num_groups, items.count()), group = lane / lanes;
   Top2<float> best;
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) best.add(c[i]);
+  items.for_each([&](int i) { best.add(c[i]); });
   for (int step = 1; step < lanes; step *= 2) {
     const float first = __shfl_xor_sync(~0u, best.first, step), second = __shfl_xor_sync(~0u, best.second, step);
     best.merge(first, second);
@@ -151,17 +168,15 @@ __device__ __forceinline__ void drop_groups(const RouteTask<T>& task, int lane, 
     ahead += other > mine || (other == mine && g < group);
   }
   if (ahead < task.rule.topk_groups || group >= num_groups) return;
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) keys[i] = task.rule.group_mask == GroupMask::kZero ? key_of(0.0f) : 0;
+  items.for_each([&](int i) { keys[i] = task.rule.group_mask == GroupMask::kZero ? key_of(0.0f) : 0; });
 }
 
 // The lane's choice, for lane < top_k. Expert ids ascend with the lanes and within a lane, so the first of equal keys
 // has the lowest id, and a key needs no id in it.
-template <int kItems>
-__device__ __forceinline__ int32_t choose(uint32_t (&keys)[kItems], int top_k, int lane) {
+template <typename Some, int kItems>
+__device__ __forceinline__ int32_t choose(Some items, uint32_t (&keys)[kItems], int top_k, int lane) {
   uint32_t best = 0;
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) best = keys[i] > best ? keys[i] : best;
+  items.for_each([&](int i) { best = keys[i] > best ? keys[i] : best; });
   int32_t mine = -1;
   for (int j = 0; j < top_k; ++j) {
     const uint32_t largest = __reduce_max_sync(~0u, best);
@@ -170,15 +185,13 @@ __device__ __forceinline__ int32_t choose(uint32_t (&keys)[kItems], int top_k, i
     if (lane == winner) {
       bool found = false;
       best = 0;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (!found && keys[i] == largest) {
-          found = true;
-          id = lane * kItems + i;
-          keys[i] = 0;
-        }
+      items.for_each([&](int i) {
+        const bool is_first = !found && keys[i] == largest;
+        found |= is_first;
+        id = is_first ? lane * items.count() + i : id;
+        keys[i] = is_first ? 0 : keys[i];
         best = keys[i] > best ? keys[i] : best;
-      }
+      });
     }
     id = __shfl_sync(~0u, id, winner);
     if (lane == j) mine = id;
@@ -186,15 +199,14 @@ __device__ __forceinline__ int32_t choose(uint32_t (&keys)[kItems], int top_k, i
   return mine;
 }
 
-template <typename T, int kItems>
-__device__ __forceinline__ void route_token(const RouteTask<T>& task, int64_t token) {
-  const int lane = threadIdx.x % 32;
-  float z[kItems];
-  load_logits(task, token, lane, z);
+template <typename T, typename Some>
+__device__ __forceinline__ void route_token(const RouteTask<T>& task, int64_t token, Some items) {
+  const int lane = threadIdx.x % 32, first = lane * items.count();
+  float z[Some::kItems];
+  load_logits(task, token, lane, items, z);
   if (task.non_finite) {
     bool finite = true;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) finite &= lane * kItems + i >= task.num_experts || is_finite(z[i]);
+    items.for_each([&](int i) { finite &= first + i >= task.num_experts || is_finite(z[i]); });
     task.check_finite(finite);
   }
 
@@ -202,13 +214,11 @@ __device__ __forceinline__ void route_token(const RouteTask<T>& task, int64_t to
   Softmax<float> softmax;
   if (task.rule.over_all()) {
     float largest = kNone<float>, sum = 0;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) largest = larger(largest, z[i]);
+    items.for_each([&](int i) { largest = larger(largest, z[i]); });
     softmax.largest = warp_max(largest);
     // NOTE: padding must not be added: exp(-infinity - -infinity) is NaN in a row of -infinity anyway, but one expert
     // at +infinity leaves NaN to itself.
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) sum += lane * kItems + i < task.num_experts ? softmax.exponent(z[i]) : 0;
+    items.for_each([&](int i) { sum += first + i < task.num_experts ? softmax.exponent(z[i]) : 0; });
     softmax.scale = 1 / warp_sum(sum);
   }
 
@@ -217,17 +227,16 @@ __device__ __forceinline__ void route_token(const RouteTask<T>& task, int64_t to
   if (task.route_override) {
     if (lane < task.top_k) mine = task.route_override[token * task.top_k + lane];
   } else {
-    uint32_t keys[kItems];
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int e = lane * kItems + i;
+    uint32_t keys[Some::kItems];
+    items.for_each([&](int i) {
+      const int e = first + i;
       if (task.by_score()) z[i] = score(task.rule, softmax, z[i]);
       if (task.bias && e < task.num_experts) z[i] += task.bias[e];
       z[i] = z[i] == z[i] ? z[i] : kNone<float>;
       keys[i] = e < task.num_experts ? key_of(z[i]) : 0;
-    }
-    if (task.rule.num_groups > 1) drop_groups(task, lane, z, keys);
-    mine = choose(keys, task.top_k, lane);
+    });
+    if (task.rule.num_groups > 1) drop_groups(task, lane, items, z, keys);
+    mine = choose(items, keys, task.top_k, lane);
   }
   if (lane < task.top_k) task.topk_ids[token * task.top_k + lane] = mine;
 

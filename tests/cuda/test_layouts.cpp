@@ -164,7 +164,20 @@ __global__ void cluster_kernel(int* seen, int blocks) {
 #endif
 }
 
-__global__ void exp2_kernel(float* y, const float* x) { y[threadIdx.x] = ptx::exp2_approx(x[threadIdx.x]); }
+__global__ void math_kernel(float* y, const float* x, int kind) {
+  const float a = x[threadIdx.x], b = x[threadIdx.x ^ 1];
+  y[threadIdx.x] = kind == 0   ? ptx::exp2_approx(a)
+                   : kind == 1 ? ptx::reciprocal_approx(a)
+                   : kind == 2 ? ptx::sqrt_approx(a)
+                               : ptx::max_or_nan(a, b);
+}
+std::vector<float> compute(const std::vector<float>& x, int kind) {
+  DeviceArray<float> in(x), out(x.size());
+  LAUNCH(math_kernel, 1, dim3(static_cast<unsigned>(x.size())), 0, nullptr, out.data(), in.data(), kind);
+  test::cuda_ok(cudaDeviceSynchronize());
+  test::cuda_ok(cudaGetLastError());
+  return out.host();
+}
 
 }  // namespace
 
@@ -188,16 +201,34 @@ TEST(exp2) {
   std::vector<float> x;
   for (int i = 0; i < 60; ++i) x.push_back(-125.9f + 4.1f * static_cast<float>(i));
   x.insert(x.end(), {-127.5f, -INFINITY, INFINITY, NAN});
-  DeviceArray<float> in(x), out(x.size());
-  LAUNCH(exp2_kernel, 1, dim3(static_cast<unsigned>(x.size())), 0, nullptr, out.data(), in.data());
-  test::cuda_ok(cudaDeviceSynchronize());
-  test::cuda_ok(cudaGetLastError());
-  const auto got = out.host();
+  const auto got = compute(x, 0);
   for (size_t i = 0; i < 60; ++i) {
     const double expected = std::exp2(static_cast<double>(x[i]));
     CHECK(std::abs(got[i] - expected) <= 0x1p-22 * expected);
   }
   CHECK(got[60] == 0 && got[61] == 0 && got[62] == INFINITY && std::isnan(got[63]));
+}
+
+TEST(reciprocal_and_root) {
+  constexpr float kSubnormal = 0x1p-130f;
+  std::vector<float> x;
+  for (int i = 0; i < 56; ++i) x.push_back(std::ldexp(1 + static_cast<float>(i) / 57, 4 * i - 112));
+  x.insert(x.end(), {0.0f, -0.0f, kSubnormal, -kSubnormal, INFINITY, NAN, 0x1.8p127f, 1.0f});
+  const auto reciprocals = compute(x, 1), roots = compute(x, 2);
+  for (size_t i = 0; i < 56; ++i) {
+    const double reciprocal = 1 / static_cast<double>(x[i]), root = std::sqrt(static_cast<double>(x[i]));
+    CHECK(std::abs(reciprocals[i] - reciprocal) <= 0x1p-23 * reciprocal);
+    CHECK(std::abs(roots[i] - root) <= 0x1p-22 * root);
+  }
+  CHECK(reciprocals[56] == INFINITY && reciprocals[57] == -INFINITY && reciprocals[58] == INFINITY);
+  CHECK(reciprocals[59] == -INFINITY && reciprocals[60] == 0 && std::isnan(reciprocals[61]) && reciprocals[62] == 0);
+  CHECK(roots[56] == 0 && roots[57] == 0 && roots[58] == 0 && roots[59] == 0 && roots[60] == INFINITY);
+  CHECK(std::isnan(roots[61]));
+}
+
+TEST(max_or_nan) {
+  const auto got = compute({1, 2, NAN, 3, -INFINITY, -1, NAN, NAN}, 3);
+  CHECK(got[0] == 2 && got[1] == 2 && std::isnan(got[2]) && std::isnan(got[3]) && got[4] == -1 && std::isnan(got[6]));
 }
 
 TEST(ldmatrix_stmatrix) {

@@ -202,8 +202,14 @@ TEST(route_of_every_norm) {
 }
 
 TEST(route_of_every_kind_of_group) {
-  for (const auto& [e, groups, kept, k] :
-       {std::array<int64_t, 4>{24, 6, 2, 5}, {100, 5, 2, 7}, {160, 8, 3, 6}, {40, 40, 20, 20}, {64, 8, 2, 9}}) {
+  for (const auto& [e, groups, kept, k] : {std::array<int64_t, 4>{24, 6, 2, 5},
+                                           {100, 5, 2, 7},
+                                           {160, 8, 3, 6},
+                                           {40, 40, 20, 20},
+                                           {64, 8, 2, 9},
+                                           {128, 8, 1, 8},
+                                           {256, 8, 4, 6},
+                                           {512, 8, 7, 8}}) {
     for (const auto group_score : {GroupScore::kTop2Sum, GroupScore::kMax}) {
       for (const auto mask : {GroupMask::kNegativeInfinity, GroupMask::kZero}) {
         for (const auto order : kScoreOrders) {
@@ -213,7 +219,7 @@ TEST(route_of_every_kind_of_group) {
                                .topk_groups = kept,
                                .group_score = group_score,
                                .group_mask = mask};
-          for_each_type([&]<typename T>(std::type_identity<T>) { check_route(random_case<T>(3, e, k, o, true)); });
+          for_each_type([&]<typename T>(std::type_identity<T>) { check_route(random_case<T>(5, e, k, o, true)); });
         }
       }
     }
@@ -246,7 +252,10 @@ TEST(route_of_many_tokens) {
                              {160, 1},
                              {256, 8},
                              {384, 5},
-                             {512, 7}}) {
+                             {512, 7},
+                             {136, 9},
+                             {256, 16},
+                             {512, 10}}) {
     for (const auto function : kScoreFunctions) {
       for (const auto order : kScoreOrders) {
         for (const bool biased : {false, true}) {
@@ -256,6 +265,7 @@ TEST(route_of_many_tokens) {
           o.score_function = function, o.score_order = order;
           check_route(random_case<float>(37, e, k, o, biased));
           check_route(random_case<BFloat16>(19, e, k, o, biased));
+          check_route(random_case<Float16>(9, e, k, o, biased));
         }
       }
     }
@@ -265,10 +275,30 @@ TEST(route_of_many_tokens) {
 // Values that differ in their last bits, or not at all, and chosen ones that are -infinity or NaN: no part of a value
 // may be lost on the way to a choice.
 TEST(route_of_values_that_differ_little) {
-  for (const int64_t experts : {12, 64, 128, 256, 512}) {
-    for (const int64_t k : {1, 2, 5, 8}) {
-      for (const int range : {2, 30, 4000}) {
-        const Context c("E " + std::to_string(experts) + " K " + std::to_string(k) + " of " + std::to_string(range));
+  for (const auto& [experts, k, groups] : {std::array<int64_t, 3>{12, 1, 1},
+                                           {12, 8, 1},
+                                           {64, 2, 1},
+                                           {64, 5, 1},
+                                           {128, 1, 1},
+                                           {128, 5, 1},
+                                           {128, 8, 8},
+                                           {256, 2, 1},
+                                           {256, 8, 1},
+                                           {256, 8, 8},
+                                           {256, 13, 1},
+                                           {512, 5, 1},
+                                           {512, 8, 8},
+                                           {512, 10, 1},
+                                           {512, 16, 1}}) {
+    for (const int range : {2, 30, 4000}) {
+      for (const auto mask : {GroupMask::kNegativeInfinity, GroupMask::kZero}) {
+        if (groups == 1 && mask == GroupMask::kZero) continue;
+        const Context c("E " + std::to_string(experts) + " K " + std::to_string(k) + " of " + std::to_string(range) +
+                        " groups " + std::to_string(groups));
+        RouteOptions o = kDefault;
+        if (groups > 1) o.score_order = ScoreOrder::kTopKThenScore;  // the choice is by the logits themselves
+        o.num_groups = groups, o.topk_groups = groups > 1 ? 3 : 1, o.group_mask = mask;
+        o.group_score = GroupScore::kMax;  // a sum would be rounded
         std::vector<float> logits(experts * 40);
         std::mt19937 engine(11);
         for (float& z : logits) {
@@ -278,13 +308,13 @@ TEST(route_of_values_that_differ_little) {
         }
         for (int64_t e = k - 1; e < experts; ++e) logits[e] = -std::numeric_limits<float>::infinity();
         for (int64_t e = k; e < experts; ++e) logits[experts + e] = std::numeric_limits<float>::quiet_NaN();
-        const RouteCase<float> route{logits, {}, {}, experts, k, kDefault};
+        const RouteCase<float> route{logits, {}, {}, experts, k, o};
         const auto routed = run_cuda(route);
         CHECK(routed.ids == run_reference(route, {}).ids);
         check_weights(route, routed);
         std::vector<BFloat16> narrower;
         for (const float z : logits) narrower.push_back(narrow<BFloat16>(z));
-        const RouteCase<BFloat16> rounded{narrower, {}, {}, experts, k, kDefault};
+        const RouteCase<BFloat16> rounded{narrower, {}, {}, experts, k, o};
         CHECK(run_cuda(rounded).ids == run_reference(rounded, {}).ids);
       }
     }
@@ -334,7 +364,7 @@ TEST(route_override_is_weighed_and_nothing_else) {
 
 // Whatever the logits, the ids are K distinct experts; NaN shows in the weights.
 template <typename T>
-void check_not_finite(int64_t experts, int64_t k, int64_t groups, bool biased) {
+void check_not_finite(int64_t experts, int64_t k, int64_t groups, bool biased, RouteOptions o = kDefault) {
   std::vector<T> logits = random_values<T>(experts * 6, 4);
   const auto set = [&](int64_t i, double x) { logits[i] = narrow<T>(static_cast<Wide<T>>(x)); };
   set(3, kNan);
@@ -342,8 +372,8 @@ void check_not_finite(int64_t experts, int64_t k, int64_t groups, bool biased) {
   for (int64_t e = 0; e < experts; ++e) set(2 * experts + e, -kInf);
   set(3 * experts, kInf);
   for (int64_t e = 0; e < experts / 2; ++e) set(4 * experts + 2 * e, e % 2 ? kInf : kNan);
-  RouteOptions o = kDefault;
-  o.num_groups = o.topk_groups = groups;
+  o.num_groups = groups;
+  o.topk_groups = experts == 128 ? 4 : groups;
   o.check_finite = true;
   RouteCase<T> c{logits, std::vector<Wide<T>>(biased ? experts : 0, Wide<T>(0.25)), {}, experts, k, o};
   const auto routed = run_cuda(c);
@@ -368,6 +398,44 @@ TEST(route_of_nan_and_infinity) {
     }
   }
   check_not_finite<float>(600, 3, 1, true);
+  for (const auto function : kScoreFunctions) {
+    for (const auto order : kScoreOrders) {
+      const RouteOptions o{.score_function = function, .score_order = order};
+      check_not_finite<float>(128, 4, 8, order == ScoreOrder::kScoreThenTopK, o);
+      check_not_finite<BFloat16>(512, 12, 1, true, o);
+    }
+  }
+}
+
+// Scores so small that fast functions return 0 for all of them are in the order of their logits all the same.
+TEST(route_of_scores_near_zero) {
+  for (const auto function : {ScoreFunction::kSigmoid, ScoreFunction::kSqrtSoftplus}) {
+    RouteOptions o{.score_function = function, .num_groups = 8, .topk_groups = 4};
+    std::vector<float> logits;
+    for (int e = 0; e < 2 * 256; ++e) logits.push_back(-84 - static_cast<float>(e * 37 % 256) / 128);
+    const RouteCase<float> c{logits, {}, {}, 256, 8, o};
+    CHECK(run_cuda(c).ids == run_reference(c, {}).ids);
+  }
+}
+
+// Groups of equal scores: the lower ones are kept, though the best experts of the others are better than their other
+// ones.
+TEST(route_groups_that_tie) {
+  for (const int64_t experts : {128, 256, 512}) {
+    for (const auto group_score : {GroupScore::kTop2Sum, GroupScore::kMax}) {
+      const RouteOptions o{
+          .score_order = ScoreOrder::kTopKThenScore, .num_groups = 8, .topk_groups = 4, .group_score = group_score};
+      const int64_t size = experts / 8;
+      std::vector<float> logits(experts);
+      for (int64_t e = 0; e < experts; ++e) logits[e] = -2 - static_cast<float>(e) / 1024;
+      for (int64_t g = 0; g < 8; ++g) {
+        const float part = group_score == GroupScore::kMax ? 0 : static_cast<float>(g) / 8;
+        logits[g * size + g] = 3 + part, logits[g * size + size - 1] = -part;
+      }
+      const RouteCase<float> c{logits, {}, {}, experts, 8, o};
+      CHECK(run_cuda(c).ids == run_reference(c, {}).ids);
+    }
+  }
 }
 
 // A group whose two best are infinity and -infinity has no sum; it must not win.
@@ -380,6 +448,14 @@ TEST(route_of_groups_without_a_sum) {
   CHECK((run_cuda<double>({logits, {}, {}, 8, 2, o}).ids == std::vector<int32_t>{5, 4}));
   const std::vector<float> narrower(logits.begin(), logits.end());
   CHECK((run_cuda<float>({narrower, {}, {}, 8, 2, o}).ids == std::vector<int32_t>{5, 4}));
+  o.num_groups = 8;
+  for (const int64_t experts : {128, 256, 512}) {
+    std::vector<float> many(experts, -static_cast<float>(kInf));
+    many[1] = static_cast<float>(kInf);
+    for (int64_t e = experts / 8; e < experts; ++e) many[e] = static_cast<float>(e * 37 % experts);
+    const RouteCase<float> c{many, {}, {}, experts, 6, o};
+    CHECK(run_cuda(c).ids == run_reference(c, {}).ids);
+  }
 }
 
 TEST(route_backward_adds_up_repeated_ids) {

@@ -53,6 +53,10 @@ inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0 : y;
 }
+inline float max_or_nan(float x, float y) { return x != x || y != y ? NAN : std::fmax(x, y); }
+inline float without_subnormals(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+inline float reciprocal_approx(float x) { return without_subnormals(1 / without_subnormals(x)); }
+inline float sqrt_approx(float x) { return std::sqrt(without_subnormals(x)); }
 inline uint32_t smem_u32(const void* p, EMU_WHERE) { return emu::smem_address(p, where); }
 template <typename T>
 __attribute__((noinline, no_sanitize("thread"))) T ld_acquire(const T* p) {
