@@ -65,7 +65,7 @@ double tile_rate_cpu(double seconds, const ThreadPool& pool) {
       for (int64_t i = 0; i < rows; ++i) p_rows[i] = std::fill_n(p[i], kDepth, 1.0f) - kDepth;
       for (int64_t r = 0; r < kRepeats; ++r) {
         table.outer(static_cast<int>(rows), static_cast<int>(width), p_rows, q, width, kDepth, c, width,
-                    TileStore::kWrite);
+                    TileStore::kWrite, {});
       }
       fmas.fetch_add(c[0] > 0 ? rows * width * kDepth * kRepeats : 0, std::memory_order_relaxed);
     });

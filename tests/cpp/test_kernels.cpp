@@ -1,4 +1,5 @@
 // The micro-kernels by themselves, on every size of tile that they have: the operators reach some of them rarely.
+#include "gemm/ahead.h"
 #include "gemm/kernels.h"
 
 #include "support.h"
@@ -60,7 +61,7 @@ TEST(kernels_outer_on_every_tile) {
             check_tile<Real>(
                 [&](Real* tile, int64_t ldc, TileStore store) {
                   table.outer(static_cast<int>(rows), static_cast<int>(width), row, q.data(), width + 3, k, tile, ldc,
-                              store);
+                              store, {});
                   table.finish_streams();
                 },
                 rows, width, how, k,
@@ -136,6 +137,40 @@ TEST(kernels_packed_pairs_are_padded) {
         }
       }
       CHECK(same);
+    }
+  }
+}
+
+// However rows are cut into calls, all of their lines are fetched, in their order, and nothing far from them.
+TEST(kernels_rows_ahead_covers_every_line) {
+  for (const int64_t rows : {0, 1, 3, 8, 64}) {
+    for (const int64_t lines : {1, 2, 6, 12, 13}) {
+      for (const int64_t steps : {1, 7, 64, 2000}) {
+        const int64_t calls = std::max<int64_t>(rows * ((lines + 3) / 4) / steps + 1, 3), stride = lines * 64 + 4096;
+        const Context c(std::to_string(rows) + " x " + std::to_string(lines) + " in " + std::to_string(steps));
+        const std::vector<char> memory(static_cast<size_t>(rows * stride + 1));
+        RowsAhead ahead(memory.data(), rows, stride, lines * 64, calls * steps);
+        std::vector<int64_t> seen;
+        for (int64_t call = 0; call < calls; ++call) {
+          Fetch fetch = ahead.next(steps);
+          if (fetch.at == nullptr) continue;
+          int64_t at = fetch.at - memory.data();
+          for (int64_t x = 0; x < steps; ++x) {
+            for (int64_t line = 0; line < fetch.lines; ++line) seen.push_back(at + line * 64);
+            at += fetch.lines * 64;
+            if (--fetch.left == 0) at += fetch.skip, fetch.left = fetch.steps;
+          }
+        }
+        CHECK(std::is_sorted(seen.begin(), seen.end()));
+        bool all = true;
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t l = 0; l < lines; ++l) {
+            all &= std::binary_search(seen.begin(), seen.end(), r * stride + l * 64);
+          }
+        }
+        CHECK(all);
+        if (rows == 0) CHECK(seen.empty());
+      }
     }
   }
 }

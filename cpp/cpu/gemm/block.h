@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "arena.h"
+#include "gemm/ahead.h"
 #include "gemm/kernels.h"
 #include "moe/grouped_gemm.h"
 #include "parallel.h"
@@ -153,8 +154,11 @@ class BlockGemm {
   static constexpr int64_t kPackedBytes = 4 << 20;
   static constexpr int64_t kCachedBytes = 512 << 10;  // of packed rows at a time: they stay in the second-level cache
   // Contracted elements at a time. Of dot products: so many that a block of all rows stays in the first-level cache,
-  // beside a few rows of the weight. Of rows of the weight that are widened first: the same, for one tile's rows.
-  static constexpr int64_t kDepth = 512, kColumnsDepth = 128;
+  // beside a few rows of the weight. Of rows of the weight that are widened first: the same, for one tile's rows. Of
+  // those that are read where they lie: so many that two blocks stay in the second-level cache, wherever they lie.
+  static constexpr int64_t kDepth = 512, kColumnsDepth = 128, kInPlaceDepth = 64;
+  // The most rows for which reading the weight from the second-level cache again and again beats packing it.
+  static constexpr int64_t kMaxInPlaceRows = 16;
   static constexpr int64_t kTilesDepth = 2 * kColumnsDepth;  // of half the width
 
   static int64_t packed_size(const Kernels<Storage>& kernels, int64_t padded_rows, int64_t k) {
@@ -235,11 +239,15 @@ class BlockGemm {
   }
 
   // k in numbers or pairs of packed rows.
-  int64_t packed_depth() const { return pairs_ ? k_ / 2 : k_; }
+  int64_t packing() const { return pairs_ ? 2 : 1; }
+  int64_t packed_depth() const { return k_ / packing(); }
+  auto outer() const { return pairs_ ? kernels_.outer_pairs : kernels_.outer; }
 
-  // A few rows of the weight at a time, each read along k for as long as the packed rows stay cached.
+  // A few rows of the weight at a time, each read along k for as long as the packed rows stay cached. The next few are
+  // fetched meanwhile, unless they are so long that the processor's own prefetcher has time to find them.
   void multiply_tokens_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
-    const int64_t ld = width_, k = packed_depth();
+    constexpr int64_t kLongRow = 8 << 10;
+    const int64_t ld = width_, k = packed_depth(), stride = weight.k * static_cast<int64_t>(sizeof(Storage));
     const bool direct = std::is_same_v<Storage, Real> || pairs_;
     const int64_t blocks = ceil_div(k * ld * static_cast<int64_t>(sizeof(Real)), kCachedBytes);
     const int64_t step = kernels_.tile_rows(ceil_div(ceil_div(width_, kernels_.lanes), panels_));
@@ -247,9 +255,13 @@ class BlockGemm {
       const int64_t first = k * b / blocks, last = k * (b + 1) / blocks;
       const int64_t depth = direct ? last - first : kDepth;
       for (int64_t j = 0; j < count; j += step) {
+        const Storage* row = weight.data + (begin + j) * weight.k;
+        const int64_t later = stride > kLongRow ? 0 : std::clamp<int64_t>(count - j - step, 0, step);
+        RowsAhead ahead(row + step * weight.k + first * packing(), later, stride,
+                        (last - first) * packing() * static_cast<int64_t>(sizeof(Storage)), (last - first) * panels_);
         for (int64_t k0 = first; k0 < last; k0 += depth) {
-          multiply_panels(weight.data + (begin + j) * weight.k, weight.k, std::min(step, count - j), k0,
-                          std::min(depth, last - k0), transposed_ + j * ld);
+          multiply_panels(row, weight.k, std::min(step, count - j), k0, std::min(depth, last - k0), ahead,
+                          transposed_ + j * ld);
         }
       }
     }
@@ -257,7 +269,8 @@ class BlockGemm {
   }
 
   // c^T of a few rows of the weight, over `depth` from k0.
-  void multiply_panels(const Storage* weight, int64_t stride, int64_t rows, int64_t k0, int64_t depth, Real* out) {
+  void multiply_panels(const Storage* weight, int64_t stride, int64_t rows, int64_t k0, int64_t depth, RowsAhead& ahead,
+                       Real* out) {
     const Real* p[kMaxTileRows];
     if constexpr (std::is_same_v<Storage, Real>) {
       for (int64_t x = 0; x < rows; ++x) p[x] = weight + x * stride + k0;
@@ -268,35 +281,53 @@ class BlockGemm {
     }
     for (int64_t panel = 0; panel < panels_; ++panel) {
       const int64_t first = panel_begin(panel), width = panel_begin(panel + 1) - first;
-      const auto outer = pairs_ ? kernels_.outer_pairs : kernels_.outer;
-      outer(static_cast<int>(rows), static_cast<int>(width), p, packed_ + first * packed_depth() + k0 * width, width,
-            depth, out + first, width_, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
+      outer()(static_cast<int>(rows), static_cast<int>(width), p, packed_ + first * packed_depth() + k0 * width, width,
+              depth, out + first, width_, k0 > 0 ? TileStore::kAdd : TileStore::kWrite, ahead.next(depth));
     }
   }
 
-  // A strip of the weight at a time, read row by row and packed into panels that stay in the first-level cache.
+  // A strip of the weight at a time, while the next one is fetched. It is packed into panels that stay in the
+  // first-level cache; few rows of numbers read it where it lies.
   void multiply_columns_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
-    const int64_t widest = kernels_.panel(), packing = pairs_ ? 2 : 1;
-    const auto outer = pairs_ ? kernels_.outer_pairs : kernels_.outer;
-    const auto pack = pairs_ ? kernels_.pack_pairs : kernels_.pack;
-    const Storage* w[2 * kColumnsDepth];
+    const bool in_place =
+        std::is_same_v<Storage, Real> && m_ <= kMaxInPlaceRows && count % kernels_.lanes == 0;  // nothing is padded
+    const int64_t widest = (in_place ? vectors_in_place() : kernels_.tile_vectors) * kernels_.lanes;
+    const int64_t panels = ceil_div(count, widest), most_depth = in_place ? kInPlaceDepth : kColumnsDepth;
     const Real* a[kMaxTileRows];
-    for (int64_t k0 = 0; k0 < packed_depth(); k0 += kColumnsDepth) {
-      const int64_t depth = std::min(kColumnsDepth, packed_depth() - k0);
-      for (int64_t x = 0; x < depth * packing; ++x) w[x] = weight.data + (k0 * packing + x) * weight.n + begin;
-      pack(w, depth * packing, count, widest, staged_);
-      const Real* panel = staged_;
-      for (int64_t j = 0; j < count; j += widest, panel += depth * widest) {
+    for (int64_t k0 = 0, depth; k0 < packed_depth(); k0 += depth) {
+      depth = std::min(most_depth, packed_depth() - k0);
+      const int64_t later = (k0 + depth) * packing(), tiles = ceil_div(m_, kernels_.tile_rows(widest / kernels_.lanes));
+      RowsAhead ahead(weight.data + later * weight.n + begin, std::min(depth * packing(), k_ - later),
+                      weight.n * static_cast<int64_t>(sizeof(Storage)), count * static_cast<int64_t>(sizeof(Storage)),
+                      panels * tiles * depth);
+      if (!in_place) pack_strip(weight, begin, count, k0 * packing(), depth * packing());
+      for (int64_t j = 0; j < count; j += widest) {
         const int64_t vectors = ceil_div(std::min(widest, count - j), kernels_.lanes);
-        const int64_t tiles = ceil_div(m_, kernels_.tile_rows(vectors));
+        const int64_t tiles = ceil_div(m_, kernels_.tile_rows(vectors)), ldq = in_place ? weight.n : widest;
+        const Storage* in_weight = weight.data + k0 * weight.n + begin + j;
+        const Real* q = in_place ? reinterpret_cast<const Real*>(in_weight) : staged_ + j * depth;
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t first = m_ * t / tiles, rows = m_ * (t + 1) / tiles - first;
           for (int64_t x = 0; x < rows; ++x) a[x] = real_rows_[first + x] + k0;
-          outer(static_cast<int>(rows), static_cast<int>(vectors * kernels_.lanes), a, panel, widest, depth,
-                c + first * ldc + j, ldc, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
+          outer()(static_cast<int>(rows), static_cast<int>(vectors * kernels_.lanes), a, q, ldq, depth,
+                  c + first * ldc + j, ldc, k0 > 0 ? TileStore::kAdd : TileStore::kWrite, ahead.next(depth));
         }
       }
     }
+  }
+
+  // As wide as a tile can be without more tiles one above the other.
+  int64_t vectors_in_place() const {
+    const int64_t most_rows = kernels_.tile_rows(ceil_div(kernels_.accumulators, kMaxTileRows));
+    return std::min<int64_t>(kernels_.tile_vectors, kernels_.accumulators / ceil_div(m_, ceil_div(m_, most_rows)));
+  }
+
+  // Rows [k0, k0 + depth) of an in_out weight.
+  void pack_strip(const Weight<Storage>& weight, int64_t begin, int64_t count, int64_t k0, int64_t depth) {
+    const Storage* w[2 * kColumnsDepth];
+    for (int64_t x = 0; x < depth; ++x) w[x] = weight.data + (k0 + x) * weight.n + begin;
+    const auto pack = pairs_ ? kernels_.pack_pairs : kernels_.pack;
+    pack(w, depth, count, kernels_.panel(), staged_);
   }
 
   // out_in: the rows are packed as the right factor of c^T = W rows^T. in_out: they are copied as the left one.

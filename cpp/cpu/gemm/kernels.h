@@ -30,6 +30,15 @@ enum class TileStore : int8_t {
 };
 inline constexpr int64_t kStreamAlignment = 64;
 
+inline constexpr int64_t kCacheLine = 64;
+
+// What a tile fetches into the second-level cache while it computes: `lines` cache lines a step, 1, 2 or 4, from `at`
+// on. After `left` steps it goes on `skip` bytes further, and so after every `steps` more.
+struct Fetch {
+  const char* at = nullptr;  // null: nothing
+  int64_t lines = 0, left = 0, steps = 0, skip = 0;
+};
+
 // Storage is float, BFloat16, Float16 or double; the arithmetic is in Real: double for double, else float.
 // "Rows" arguments are arrays of pointers: gathering costs nothing. No alignment is required of anything.
 template <typename Storage>
@@ -50,12 +59,12 @@ struct Kernels {
   // c[i, j] (+)= sum over x < k of p[i][x] * q[x, j], for i < rows and j < width, a multiple of narrow_lanes; row x of
   // q begins at q + x * ldq. rows * ceil(width / lanes) <= accumulators.
   void (*outer)(int rows, int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
-                TileStore how);
+                TileStore how, Fetch fetch);
 
   // The same where p and q hold pairs of BFloat16, each of the size of a Real, and the product of two pairs is the sum
   // of two products; of BFloat16 only, where the processor has such products. Subnormal numbers count as zero in it.
   void (*outer_pairs)(int rows, int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c,
-                      int64_t ldc, TileStore how) = nullptr;
+                      int64_t ldc, TileStore how, Fetch fetch) = nullptr;
   // What packs for it along rows: pair x of q are elements of rows 2 x and 2 x + 1, or zero where there is none.
   // Panels of pairs as of `pack`, each [ceil(k / 2), width].
   void (*pack_pairs)(const Storage* const* rows, int64_t k, int64_t n, int64_t width, Real* q) = nullptr;

@@ -64,8 +64,20 @@ struct TilePart {
   }
 };
 
+__attribute__((always_inline)) inline void fetch_step(Fetch& fetch) {
+  fetch_early(fetch.at);
+  if (fetch.lines > 1) fetch_early(fetch.at + kCacheLine);
+  if (fetch.lines > 2) fetch_early(fetch.at + 2 * kCacheLine), fetch_early(fetch.at + 3 * kCacheLine);
+  fetch.at += fetch.lines * kCacheLine;
+  if (--fetch.left == 0) {
+    fetch.at += fetch.skip;
+    fetch.left = fetch.steps;
+  }
+}
+
 template <typename Real, bool Pairs, int Rows, int Vectors, int Narrow>
-void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc, TileStore how) {
+void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc, TileStore how,
+                Fetch fetch) {
   constexpr int kWide = Vectors * kLanes<Real>;
   TilePart<Real, Pairs, Rows, Vectors, MOE_VECTOR_BYTES> wide;
   TilePart<Real, Pairs, Rows, Narrow, kNarrowBytes> narrow;
@@ -76,6 +88,7 @@ void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Rea
   narrow.begin(c + kWide, ldc, how == TileStore::kAdd);
 #pragma GCC unroll 1
   for (int64_t x = 0; x < k; ++x, q += ldq) {
+    if (fetch.at != nullptr) fetch_step(fetch);
     wide.read(q);
     narrow.read(q + kWide);
 #pragma GCC unroll 8
@@ -101,12 +114,12 @@ void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Rea
 
 template <typename Real, bool Pairs, int Rows>
 void outer_rows(int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
-                TileStore how) {
+                TileStore how, Fetch fetch) {
   const int vectors = width / kLanes<Real>;
   const auto run = [&]<int Vectors, int Narrow>() {
     if constexpr (Rows * (Vectors + Narrow) <= MOE_ACCUMULATORS && Vectors + Narrow <= MOE_TILE_VECTORS &&
                   Vectors + Narrow > 0) {
-      outer_tile<Real, Pairs, Rows, Vectors, Narrow>(p, q, ldq, k, c, ldc, how);
+      outer_tile<Real, Pairs, Rows, Vectors, Narrow>(p, q, ldq, k, c, ldc, how, fetch);
     }
   };
   const auto run_vectors = [&]<int Narrow>() {
@@ -131,25 +144,25 @@ void outer_rows(int width, const Real* const* p, const Real* q, int64_t ldq, int
 
 template <typename Real, bool Pairs>
 void outer(int rows, int width, const Real* const* p, const Real* q, int64_t ldq, int64_t k, Real* c, int64_t ldc,
-           TileStore how) {
+           TileStore how, Fetch fetch) {
   static_assert(kMaxTileRows == 8 && MOE_TILE_VECTORS <= kMaxTileVectors, "one case per number of rows and vectors");
   switch (rows) {
     case 1:
-      return outer_rows<Real, Pairs, 1>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 1>(width, p, q, ldq, k, c, ldc, how, fetch);
     case 2:
-      return outer_rows<Real, Pairs, 2>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 2>(width, p, q, ldq, k, c, ldc, how, fetch);
     case 3:
-      return outer_rows<Real, Pairs, 3>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 3>(width, p, q, ldq, k, c, ldc, how, fetch);
     case 4:
-      return outer_rows<Real, Pairs, 4>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 4>(width, p, q, ldq, k, c, ldc, how, fetch);
     case 5:
-      return outer_rows<Real, Pairs, 5>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 5>(width, p, q, ldq, k, c, ldc, how, fetch);
     case 6:
-      return outer_rows<Real, Pairs, 6>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 6>(width, p, q, ldq, k, c, ldc, how, fetch);
     case 7:
-      return outer_rows<Real, Pairs, 7>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 7>(width, p, q, ldq, k, c, ldc, how, fetch);
     case 8:
-      return outer_rows<Real, Pairs, 8>(width, p, q, ldq, k, c, ldc, how);
+      return outer_rows<Real, Pairs, 8>(width, p, q, ldq, k, c, ldc, how, fetch);
   }
 }
 

@@ -206,7 +206,7 @@ class WgradWorker {
         Storage* output = strip.output + i * args_.n + j;
         const auto multiply = [&](Real* c, int64_t ldc, TileStore how) {
           outer(static_cast<int>(rows), static_cast<int>(vectors * kernels_.lanes), row, panel, widest, products, c,
-                ldc, how);
+                ldc, how, {});
         };
         if constexpr (std::is_same_v<Storage, Real>) {
           if (used == vectors * kernels_.lanes) {
