@@ -100,7 +100,7 @@ TEST(kernels_pairs_on_every_tile) {
           check_tile<float>(
               [&](float* tile, int64_t ldc, TileStore store) {
                 table.outer_pairs(static_cast<int>(rows), static_cast<int>(width), row, q.data(), panel, pairs, tile,
-                                  ldc, store);
+                                  ldc, store, {});
               },
               rows, width, how, k,
               [&](int64_t i, int64_t j, int64_t x, Sum& sum) {
