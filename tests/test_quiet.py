@@ -69,6 +69,17 @@ def test_only_samples_and_spins_are_realtime(scheduler):
 
 
 @linux
+def test_a_realtime_sample_is_followed_by_a_rest(scheduler, monkeypatch):
+    rests = []
+    monkeypatch.setattr(quiet.time, "sleep", lambda seconds: rests.append((scheduler[11], seconds)))
+    Quiet(lambda: 1.0, realtime=True)(lambda: sum(range(100_000)) * 0.0)
+    Quiet(lambda: 1.0)(lambda: 1.0)
+    ((policy, seconds),) = rests
+    assert policy == os.SCHED_OTHER
+    assert 0 < seconds < 1
+
+
+@linux
 def test_threads_are_those_of_the_process():
     before, release = thread_ids(), threading.Event()
     thread = threading.Thread(target=release.wait)

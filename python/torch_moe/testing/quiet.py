@@ -26,6 +26,9 @@ from pathlib import Path
 from torch_moe.testing.timing import Sample
 
 PROC = Path("/proc")
+# After a sample in the real-time class, how long to stay out of it, as a share of the time in it. Linux takes the cores
+# away from the class for 50 ms whenever it has had 950 ms of a second: one sample of a few would be longer by that.
+REST = 0.15
 
 
 def thread_ids() -> list[int]:
@@ -158,6 +161,8 @@ class Quiet:
             elapsed = time.perf_counter() - start
             waited, stolen = seconds_waited() - waited, seconds_stolen() - stolen
             after = {name: probe() for name, probe in reversed(self._probes.items())}
+        if self._realtime and self.refused is None:
+            time.sleep(REST * elapsed)
         self._note(before)
         self._note(after)
         left = min(min(before[name], after[name]) / best for name, best in self._best.items())
