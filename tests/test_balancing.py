@@ -267,6 +267,10 @@ def test_refused():
     calls = {
         "method must be in .*, got 'adam'": lambda: BiasBalancer(E, method="adam"),
         "num_experts must be at least 1, got 0": lambda: BiasBalancer(0),
+        "num_layers must be at least 1, got 0": lambda: BiasBalancer(E, 0),
+        "router 0, a TopKRouter, must have a tensor expert_bias, got None": lambda: BiasBalancer.attach(
+            [TopKRouter(H, E, K)]
+        ),
         "rate must not be negative, got -1": lambda: BiasBalancer(E, rate=-1),
         r"no router with expert_bias .*expert_bias=True": lambda: BiasBalancer.attach(MoE(H, I, E, K)),
         r"expert_bias of router 0 must be float32, got torch.bfloat16 \(call .float\(\)": lambda: BiasBalancer.attach(

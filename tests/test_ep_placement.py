@@ -114,6 +114,7 @@ def test_a_placement_is_data_for_the_plan():
     [
         ({"loads": torch.tensor([1.0, -1.0])}, "loads must be finite and not negative"),
         ({"loads": torch.tensor([1.0, torch.nan])}, "loads must be finite and not negative"),
+        ({"loads": torch.ones(0)}, "loads must be of at least one expert, got none"),
         ({"loads": torch.ones(1, 1, 2)}, r"loads must have 1 or 2 dimensions, got shape \[1, 1, 2\]"),
         ({"ep_size": 0}, "ep_size must be at least 1, got 0"),
         ({"num_redundant": 3}, r"num_redundant must be in \[0, 2\], got 3"),
@@ -121,6 +122,7 @@ def test_a_placement_is_data_for_the_plan():
         ({"num_groups": 4}, "num_groups must divide the number of experts, 2, got 4"),
         ({"current": torch.zeros(2, 2)}, r"current must have shape \[2, 1\], got \[2, 2\]"),
         ({"max_moves": 1}, "max_moves needs the current placement"),
+        ({"max_moves": -1, "current": torch.tensor([[0], [1]])}, "max_moves must not be negative, got -1"),
         ({"slack": -1.0}, "slack must be finite and not negative"),
     ],
 )

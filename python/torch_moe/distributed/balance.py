@@ -73,9 +73,9 @@ def solve_placement(
             [0, 1, 3]], dtype=torch.int32)
     """
     _require(loads.dim() in (1, 2), f"loads must have 1 or 2 dimensions, got shape {list(loads.shape)}")
+    _require(loads.shape[-1] >= 1, "loads must be of at least one expert, got none")
     flat = loads.detach().to("cpu", torch.float64).reshape(-1, loads.shape[-1])
     num_layers, num_experts = flat.shape
-    _require(num_experts >= 1, "loads must be of at least one expert, got none")
     _require(bool((flat >= 0).all() and flat.isfinite().all()), "loads must be finite and not negative")
     _require(ep_size >= 1, f"ep_size must be at least 1, got {ep_size}")
     _require(nodes >= 1 and ep_size % nodes == 0, f"nodes must divide ep_size = {ep_size}, got {nodes}")
