@@ -122,7 +122,8 @@ Status gemm_sm90(const GemmTask& task, const CudaContext& cuda);  // bf16, fp16:
 Status wgrad_sm90(const WgradTask& task, const CudaContext& cuda);
 Status gemm_sm90_few(const GemmTask& task, const CudaContext& cuda);  // the same, tiles of at most 64 rows
 
-// Into how many parts gemm_sm90_few splits the contracted width, `steps` stages of it, when there are `tiles` tiles.
-int64_t count_parts(int64_t tiles, int64_t steps, int64_t sms);
+// Into how many parts the contracted width, `steps` stages of it, is split when there are `tiles` tiles. The last block
+// of a tile needs as long as `steps_to_add` stages for each of several parts.
+int64_t count_parts(int64_t tiles, int64_t steps, int64_t sms, int64_t steps_to_add = 0);
 
 }  // namespace moe::cuda

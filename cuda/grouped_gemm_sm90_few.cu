@@ -159,13 +159,13 @@ Status run_few(const GemmTask& task, const CudaContext& cuda) {
 }  // namespace sm90
 
 // The blocks that share a tile: those that make the product of `steps` stages end first, by counting stages and, for
-// each tile, four more for writing and adding the parts. By sizes alone.
-int64_t count_parts(int64_t tiles, int64_t steps, int64_t sms) {
+// each tile, four more for what comes after the last, or for writing the parts. By sizes alone.
+int64_t count_parts(int64_t tiles, int64_t steps, int64_t sms, int64_t steps_to_add) {
   constexpr int64_t kMostParts = 8, kOverhead = 4;
   if (tiles >= sms || tiles > kMostSplitTiles) return 1;
   int64_t best = 1, best_time = steps + kOverhead;
   for (int64_t parts = 2; parts <= at_most(steps, kMostParts); ++parts) {
-    const int64_t time = ceil_div(tiles * parts, sms) * (ceil_div(steps, parts) + kOverhead);
+    const int64_t time = ceil_div(tiles * parts, sms) * (ceil_div(steps, parts) + kOverhead + parts * steps_to_add);
     if (time < best_time) best = parts, best_time = time;
   }
   return best;

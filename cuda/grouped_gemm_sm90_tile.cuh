@@ -73,6 +73,7 @@ struct Shared : Pipeline<Tile> {
   alignas(1024) unsigned char slab[kMathGroups][Tile::kSlabs][kSlabBytes];
   uint64_t saved[kMathGroups];  // the pre-activations of a warpgroup have arrived
   uint64_t turn[kMathGroups];   // the other warpgroup needs no more stages of its tile
+  int is_last[kMathGroups];     // of those that computed parts of a tile
 };
 template <typename Tile>
 constexpr bool kFits = sizeof(Shared<Tile>) <= 227 * 1024;

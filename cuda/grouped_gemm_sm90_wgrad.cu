@@ -5,6 +5,7 @@
 // by threads, which write zeros past the expert's end in both operands: zero times the next expert's NaN would be NaN.
 #include "grouped_gemm_sm90_maps.h"
 #include "grouped_gemm_sm90_math.cuh"
+#include "grouped_gemm_sm90_parts.cuh"
 #include "grouped_gemm_sm90_producer.cuh"
 #include "grouped_gemm_sm90_store.cuh"
 
@@ -18,6 +19,7 @@ struct WgradArgs {
   const T *lhs, *rhs;
   Gather lhs_gather, rhs_gather;
   TileSchedule schedule;
+  RegisterParts split;
   int64_t m, n;
   int num_experts, row_tiles, column_tiles;  // of the gradient
   bool accumulate;
@@ -28,21 +30,35 @@ struct WgradMaps {
 };
 
 struct GradientTile {
+  int64_t number;
   int expert, m, n;         // its first row and column
-  int first_row, num_rows;  // of the expert
+  int first_row, num_rows;  // of the expert, that are this part's
+  int part, parts;          // 0 parts: another block has all of the tile
 };
 
-// Tile `index`, experts with the most rows first: the longest sums do not start last.
+// Part `index` of the tiles, experts with the most rows first: the longest sums do not start last.
 template <typename T>
 __device__ __forceinline__ bool tile_at(const WgradArgs<T>& args, int64_t index, GradientTile& at) {
   const int64_t per_expert = int64_t{args.row_tiles} * args.column_tiles;
-  if (index >= per_expert * args.num_experts) return false;
-  const int inside = static_cast<int>(index % per_expert);
-  at.expert = __ldg(args.schedule.order + index / per_expert);
+  at.number = index / args.split.count;
+  at.part = static_cast<int>(index % args.split.count);
+  if (at.number >= per_expert * args.num_experts) return false;
+  const int inside = static_cast<int>(at.number % per_expert);
+  at.expert = __ldg(args.schedule.order + at.number / per_expert);
   at.m = inside % args.row_tiles * kTileRows;
   at.n = inside / args.row_tiles * WgradTile::kColumns;
   at.first_row = __ldg(args.schedule.offsets + at.expert);
   at.num_rows = __ldg(args.schedule.offsets + at.expert + 1) - at.first_row;
+  at.parts = 1;
+  if (args.split.count == 1) return true;
+  // As many parts as there are stages, and whole stages to each.
+  const int steps = (at.num_rows + kDepth - 1) / kDepth;
+  at.parts = max(min(args.split.count, steps), 1);
+  const int end = min((at.part + 1) * steps / at.parts * kDepth, at.num_rows),
+            begin = at.part * steps / at.parts * kDepth;
+  if (at.part >= at.parts) at.parts = 0;
+  at.first_row += begin;
+  at.num_rows = at.parts == 0 ? 0 : end - begin;
   return true;
 }
 
@@ -112,12 +128,13 @@ __device__ __forceinline__ void consume(Shared<WgradTile>& shared, const WgradMa
   GradientTile at;
   for (int64_t index = blockIdx.x; tile_at(args, index, at); index += gridDim.x) {
     const int row = at.m + group * kGroupRows, steps = (at.num_rows + kDepth - 1) / kDepth;
-    if (row >= args.m || (steps == 0 && args.accumulate)) {
+    if (row >= args.m || at.parts == 0 || (steps == 0 && args.accumulate)) {
       skip(shared, ring, steps);
       continue;
     }
     float sums[1][WgradTile::kSums] = {};
     if (steps > 0) multiply<WgradTile, T, true, true>(sums, shared, ring, steps, group, [] {});
+    if (at.parts > 1 && !add_parts(sums[0], shared, args.split, at.number, group, at.part, at.parts)) continue;
     if (args.accumulate) add_output(sums[0], args, at, row);
     const auto store = [&]<int kSlab>(std::integral_constant<int, kSlab>) {
       if (at.n + kSlab * 64 >= args.n) return;
@@ -150,13 +167,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T>
 Status run_wgrad(const WgradTask& task, const CudaContext& cuda) {
   constexpr const char* kName = "wgrad_sm90";
-  const WgradArgs<T> args{
+  WgradArgs<T> args{
       .output = static_cast<T*>(task.output),
       .lhs = static_cast<const T*>(task.lhs),
       .rhs = static_cast<const T*>(task.rhs),
       .lhs_gather = task.lhs_gather,
       .rhs_gather = task.rhs_gather,
       .schedule = task.schedule,
+      .split = {1, nullptr, task.schedule.arrivals},
       .m = task.m,
       .n = task.n,
       .num_experts = static_cast<int>(task.num_experts),
@@ -178,6 +196,16 @@ Status run_wgrad(const WgradTask& task, const CudaContext& cuda) {
   constexpr int64_t kBytes = sizeof(Shared<WgradTile>);
   if (status == Status::kOk) status = allow_shared_memory(kernel, kBytes, kName, cuda);
   if (status != Status::kOk) return status;
+  // A part is written, and read again, at the L2 cache's pace: prediction for an H200, four stages of 512 clocks each.
+  const int64_t tiles = task.num_experts * args.row_tiles * args.column_tiles;
+  const int64_t mean_steps = ceil_div(ceil_div(task.num_rows, task.num_experts), kDepth);
+  args.split.count =
+      static_cast<int>(tiles * kMathGroups > kMostSplitTiles ? 1 : count_parts(tiles, mean_steps, sms, 4));
+  if (args.split.count > 1) {
+    constexpr int64_t kTileSums = int64_t{kMathGroups} * kGroupThreads * WgradTile::kSums;
+    args.split.sums = allocate<float>(tiles * args.split.count * kTileSums, cuda);
+    if (args.split.sums == nullptr) return Status::kOutOfMemory;
+  }
   LAUNCH_EX(kernel, overlapping(dim3(sms), dim3(kThreads), kBytes, cuda), maps, args);
   return launched(kName, cuda);
 }

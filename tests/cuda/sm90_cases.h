@@ -117,6 +117,23 @@ inline Reference activation_of(const ActivationOptions& o, double g, double u) {
   return {value * factor, g > o.limit ? 0 : slope * factor, std::abs(u) > o.limit ? 0 : value};
 }
 
+// The number of multiprocessors that the emulator has: with more than tiles, tiles are split.
+class Multiprocessors {
+ public:
+  explicit Multiprocessors([[maybe_unused]] int count) {
+#ifdef CUDA_ON_CPU
+    setenv("EMU_SMS", std::to_string(count).c_str(), 1);
+#endif
+  }
+  ~Multiprocessors() {
+#ifdef CUDA_ON_CPU
+    unsetenv("EMU_SMS");
+#endif
+  }
+  Multiprocessors(const Multiprocessors&) = delete;
+  Multiprocessors& operator=(const Multiprocessors&) = delete;
+};
+
 struct Case {
   const char* name;
   std::vector<int> rows;  // of each expert

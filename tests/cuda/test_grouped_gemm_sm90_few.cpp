@@ -1,28 +1,10 @@
 // The sm_90a GEMM for few rows: every width that wgmma gets, every epilogue, and sums that several blocks share.
-#include <cstdlib>
 #include <cstring>
 
 #include "sm90_cases.h"
 
 namespace moe::test {
 namespace {
-
-// The number of multiprocessors that the emulator has: with more than tiles, tiles are split.
-class Multiprocessors {
- public:
-  explicit Multiprocessors([[maybe_unused]] int count) {
-#ifdef CUDA_ON_CPU
-    setenv("EMU_SMS", std::to_string(count).c_str(), 1);
-#endif
-  }
-  ~Multiprocessors() {
-#ifdef CUDA_ON_CPU
-    unsetenv("EMU_SMS");
-#endif
-  }
-  Multiprocessors(const Multiprocessors&) = delete;
-  Multiprocessors& operator=(const Multiprocessors&) = delete;
-};
 
 Case few(Case c) {
   c.gemm = cuda::gemm_sm90_few;
@@ -144,6 +126,8 @@ TEST(number_of_parts) {
   CHECK(count_parts(1, 1, 132) == 1);
   CHECK(count_parts(66, 64, 132) == 2);
   CHECK(count_parts(131, 64, 132) == 1);
+  CHECK(count_parts(32, 128, 132, 4) == 4);  // weight gradients: adding a part takes as long as four stages
+  CHECK(count_parts(32, 16, 132, 4) == 1);
   for (int64_t tiles = 1; tiles < 300; ++tiles) {
     for (int64_t steps = 1; steps < 70; ++steps) {
       const int64_t parts = count_parts(tiles, steps, 132);
