@@ -18,6 +18,7 @@ struct FewTile {
   static constexpr int kColumns = 128;  // of C
   static constexpr int kStages = 8;
   static constexpr int kReaders = kGroupThreads / 32, kBlocks = 1;
+  static constexpr bool kReadsWeightOnce = true;  // an expert has one tile of rows, seldom more
   static constexpr int kRowBytes = kTokens * kSwizzleBytes, kColumnBytes = kColumns * kSwizzleBytes;
   static constexpr int kStageBytes = kRowBytes + kColumnBytes;
   static constexpr int kThreads = 2 * kGroupThreads;

@@ -93,6 +93,8 @@ __device__ __forceinline__ void load_weight(const Filler<Tile>& filler, const CU
       if (box * 2 / boxes == static_cast<int>(ptx::cluster_rank())) {
         ptx::tma_load_3d_multicast(to, &map, filler.barrier(), kBoth, x, y, at.expert);
       }
+    } else if (Tile::kReadsWeightOnce) {
+      ptx::tma_load_3d_once(to, &map, filler.barrier(), x, y, at.expert);
     } else {
       ptx::tma_load_3d(to, &map, filler.barrier(), x, y, at.expert);
     }

@@ -31,6 +31,7 @@ struct TileShape {
   static constexpr int kSlabs = kSlabs_;                     // of 64 x 64 results, per math warpgroup
   static constexpr int kParts = kTurns ? 2 : 1;              // of 64 rows, that a math warpgroup has of a tile
   static constexpr int kSums = kColumns / 2;                 // accumulators per thread and part
+  static constexpr bool kReadsWeightOnce = false;            // row tiles of one expert read the same
   static constexpr int kBlocks = kBlocks_;                   // of a cluster, which load a weight that they share once
   static constexpr int kReaders = 4 * kMathGroups / kParts;  // warps that hand a stage back
   static constexpr int kRowBytes = kTileRows * kSwizzleBytes, kColumnBytes = kColumns * kSwizzleBytes;

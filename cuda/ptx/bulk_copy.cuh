@@ -27,6 +27,20 @@ MOE_DEVICE void tma_load_3d(uint32_t dst, const CUtensorMap* map, uint32_t mbar,
       "l"(map), "r"(mbar), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
+// 9.7.9.18 createpolicy: what was loaded with this policy is the first that the L2 cache gives up.
+MOE_DEVICE uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// For what no one reads again.
+MOE_DEVICE void tma_load_3d_once(uint32_t dst, const CUtensorMap* map, uint32_t mbar, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
+      "l"(map), "r"(mbar), "r"(x), "r"(y), "r"(z), "l"(evict_first())
+      : "memory");
+}
 // To the same address, with the same mbarrier address, of every block of the cluster whose bit is set in `blocks`.
 MOE_DEVICE void tma_load_2d_multicast(uint32_t dst, const CUtensorMap* map, uint32_t mbar, uint16_t blocks, int x,
                                       int y) {

@@ -133,6 +133,8 @@ __global__ void tma_load_kernel(uint16_t* out, const __grid_constant__ CUtensorM
     ptx::mbar_arrive_expect_tx(mbar, static_cast<uint32_t>(bytes));  // all of the box, whatever lies outside
     if (rank == 2)
       ptx::tma_load_2d(ptx::smem_u32(shared), &map, mbar, x, y);
+    else if (y % 2 != 0)
+      ptx::tma_load_3d_once(ptx::smem_u32(shared), &map, mbar, x, y, z);
     else
       ptx::tma_load_3d(ptx::smem_u32(shared), &map, mbar, x, y, z);
   }

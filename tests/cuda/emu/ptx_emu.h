@@ -172,6 +172,9 @@ inline void tma_load_2d(uint32_t dst, const CUtensorMap* map, uint32_t mbar, int
 inline void tma_load_3d(uint32_t dst, const CUtensorMap* map, uint32_t mbar, int x, int y, int z, EMU_WHERE) {
   emu::tma_load(dst, map, mbar, 0, {x, y, z}, 3, where);
 }
+inline void tma_load_3d_once(uint32_t dst, const CUtensorMap* map, uint32_t mbar, int x, int y, int z, EMU_WHERE) {
+  emu::tma_load(dst, map, mbar, 0, {x, y, z}, 3, where);
+}
 inline void tma_load_2d_multicast(uint32_t dst, const CUtensorMap* map, uint32_t mbar, uint16_t blocks, int x, int y,
                                   EMU_WHERE) {
   emu::tma_load(dst, map, mbar, blocks, {x, y, 0}, 2, where);
