@@ -13,7 +13,8 @@ MOE_DEVICE void grid_dependency_launch() { asm volatile("griddepcontrol.launch_d
 #endif
 
 #if MOE_PTX_SM90A
-// 9.7.19.5 setmaxnreg: moves registers between the warpgroups of a block; all warps of a warpgroup call it.
+// 9.7.19.5 setmaxnreg: moves registers between the warpgroups of a block; all warps of a warpgroup call it. dec may not
+// raise the number that the warp has, nor inc lower it; inc waits until others have released enough.
 template <int kRegisters>
 MOE_DEVICE void setmaxnreg_inc() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg takes 24, 32, ... 256");

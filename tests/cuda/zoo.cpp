@@ -212,6 +212,13 @@ __global__ void last_block_without_fence(float* g) {
   g[blockIdx.x] = 1;
   if (atomicAdd(count, 1u) == gridDim.x - 2) g[64] = g[0] + g[1];  // the count begins at 2^32 - 1
 }
+__global__ void registers_of_nobody(float*) {
+  if (thread() < 128)
+    ptx::setmaxnreg_dec<160>();  // 8 for two warpgroups that want 8 each
+  else
+    ptx::setmaxnreg_inc<176>();
+}
+__global__ void registers_released_upwards(float*) { ptx::setmaxnreg_dec<232>(); }
 __global__ void cluster_arrives_twice(float*) {
   ptx::cluster_arrive();
   ptx::cluster_arrive();
@@ -245,6 +252,11 @@ TEST(wrong_threads) {
   setenv("EMU_TIMEOUT", "1", 1);
   expect("endless loop", endless_loop, always("time limit"));
   unsetenv("EMU_TIMEOUT");
+}
+
+TEST(wrong_registers) {
+  expect("registers of nobody", registers_of_nobody, always("wait in setmaxnreg.inc"), {.threads = 384});
+  expect("registers released upwards", registers_released_upwards, always("by a warp that has 168"), {.threads = 384});
 }
 
 TEST(wrong_copies) {

@@ -122,6 +122,5 @@ bool elect_one(const Where& where) {
   collective("elect.sync", ~0u, nullptr, nullptr, Lanes::kFullWarp, where);
   return current->lane == 0;  // which lane is not specified; hardware takes the lowest
 }
-void setmaxnreg(const Where& where) { collective("setmaxnreg", ~0u, nullptr, nullptr, Lanes::kFullWarp, where); }
 
 }  // namespace emu

@@ -38,7 +38,7 @@ void wgmma_fence(const Where& where);
 void wgmma_commit(const Where& where);
 void wgmma_wait(int keep, const Where& where);
 bool elect_one(const Where& where);
-void setmaxnreg(const Where& where);
+void setmaxnreg(bool takes, int count, const Where& where);
 template <typename T>
 constexpr Element kElement = std::is_same_v<T, __half> ? Element::kFloat16 : Element::kBFloat16;
 }  // namespace emu
@@ -228,12 +228,12 @@ inline void grid_dependency_launch() {}
 template <int kRegisters>
 void setmaxnreg_inc(EMU_WHERE) {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg takes 24, 32, ... 256");
-  emu::setmaxnreg(where);
+  emu::setmaxnreg(true, kRegisters, where);
 }
 template <int kRegisters>
 void setmaxnreg_dec(EMU_WHERE) {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg takes 24, 32, ... 256");
-  emu::setmaxnreg(where);
+  emu::setmaxnreg(false, kRegisters, where);
 }
 
 #undef EMU_WHERE

@@ -73,6 +73,7 @@ struct Warp {
   int index = 0;
   uint32_t ready = 0, done = 0;  // lanes that can run, lanes that have exited (or never were)
   uint32_t priority = 0;
+  int registers = 0;  // per thread, once setmaxnreg has changed them
   std::vector<Collective*> gathering;
   std::unique_ptr<WgmmaState, WgmmaStateDeleter> wgmma;
 };
@@ -114,6 +115,8 @@ struct Block {
   std::unordered_map<const void*, uint32_t> statics;
   std::unordered_map<uint32_t, Mbarrier> mbarriers;
   NamedBarrier barriers[16];
+  int free_registers = 0;  // what setmaxnreg.dec released
+  std::vector<Fiber*> want_registers;
   Shadow* shadow = nullptr;
   std::vector<std::vector<uint64_t>> wgmma_log;  // per warpgroup: what its first warp issued
 };
