@@ -55,3 +55,43 @@ def test_kernels_reach_the_device_through_ptx(banned):
     assert kernels
     code = {path.name: re.sub(r"//.*", "", path.read_text()) for path in kernels}
     assert [name for name, text in code.items() if re.search(banned, text)] == []
+
+
+def test_kernels_neither_print_nor_end_the_process():
+    """Nor do they read the environment, but for the instruction set, once, where it is chosen."""
+    banned = re.compile(r"\b(printf|fprintf|puts|abort|exit|_Exit|terminate|getenv)\s*\(|<iostream>|<cstdio>")
+    folders = ("cpp/include", "cpp/cpu", "cpp/torch", "cuda")
+    code = {str(path.relative_to(ROOT)): path.read_text() for path in SOURCES if path.suffix not in {".py", ".pyi"}}
+    found = {path: banned.findall(text) for path, text in code.items() if path.startswith(folders)}
+    assert {path for path, calls in found.items() if calls} == {"cpp/cpu/gemm/dispatch.cpp"}
+    assert found["cpp/cpu/gemm/dispatch.cpp"] == ["getenv"]
+
+
+# What each folder of C++ may include, beside itself; cuda/ptx names the emulator, for the build on the CPU.
+BELOW = {"cpp/include": (), "cpp/cpu": ("cpp/include",), "cuda": ("cpp/include", "tests/cuda")}
+
+
+@pytest.mark.parametrize("folder", BELOW)
+def test_headers_are_included_from_below_alone(folder):
+    places = [ROOT / name for name in (*BELOW[folder], folder)]
+    for path in SOURCES:
+        if (ROOT / folder) in path.parents:
+            for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+                found = [(place / name).resolve() for place in (path.parent, *places) if (place / name).is_file()]
+                allowed = found and any(place in found[0].parents for place in places)
+                assert allowed, f"{path.name} includes {name}"
+
+
+# Packages that a package may import from; the modules beside them are for all but ops.
+ABOVE = {"ops": ("nn", "distributed", "integrations", "cli"), "nn": ("distributed", "integrations", "cli")}
+ABOVE |= {"distributed": ("integrations", "cli"), "integrations": ("cli",)}
+
+
+@pytest.mark.parametrize("package", ABOVE)
+def test_packages_import_from_below_alone(package):
+    imports = re.compile(r"^\s*(?:from|import) torch_moe\.(\w+)|^\s*from torch_moe import (\w+)", re.MULTILINE)
+    files = list((ROOT / "python/torch_moe" / package).rglob("*.py"))
+    assert files
+    for path in files:
+        named = {a or b for a, b in imports.findall(path.read_text())}
+        assert not named & set(ABOVE[package]), path.name
