@@ -1,8 +1,8 @@
-"""ep_dispatch, ep_experts: the experts of all ranks as two operators, the exchange in flight between them.
+"""ep_experts: what arrived is computed, chunk by chunk, and summed where it came from; and its gradient.
 
 ::
 
-    forward    pack -> [counts] -> [rows, by chunk] => index -> experts -> [partial sums, by chunk] => sum
+    forward    ep_dispatch, [rows, by chunk] => index -> experts -> [partial sums, by chunk] => sum
     backward   gather -> [gradients, by chunk] => gradients of rows -> [those, by chunk] => sum
                                                   gradients of parameters, of all chunks at once
 
@@ -19,94 +19,12 @@ import torch
 from torch import Tensor
 
 from torch_moe.distributed import exchange
-from torch_moe.ops._common import Context, Options, check_rank, refuse_double_backward, register_fake
-from torch_moe.ops.ep_pack import row_bytes
+from torch_moe.distributed.dispatch import packed_bytes, start_chunks
+from torch_moe.ops._common import Context, Options, check_rank, empty_gradient, refuse_double_backward, register_fake
 
 # Up to here every kernel that is chosen by the number of rows is that for few: in parts as in the whole.
 _FEW_ROWS = 4
 _SAVED = 6  # tensors kept per chunk: hidden_states, topk_weights, the three of the plan, the pre-activation
-
-
-def _dispatch(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    physical_ids: Tensor,
-    rank_offsets: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-    counts: Tensor,
-    group_name: str,
-    *,
-    wire: str = "input",
-    check: bool = False,
-    capacity: int = 0,
-) -> tuple[Tensor, list[Tensor]]:
-    """Start the exchange of all chunks; the rows are not there yet.
-
-    With a capacity, so many rows go to each rank per chunk, filled or not, before anybody knows how many there are, and
-    no number is read: how many rows this rank has for another at most is told with the counts, to be looked at later.
-    """
-    ranks, top_k = slot_to_row.shape[1], physical_ids.shape[1]
-    num_chunks = (rank_offsets.shape[0] - 1) // ranks
-    num_local_experts = counts.shape[1] - 2 * num_chunks
-    size = _row_bytes(hidden_states, top_k, wire)
-    told = [counts, counts.new_full((ranks, 1), size)]
-    if capacity > 0:
-        told.append(rank_offsets.diff().amax().expand(ranks, 1))
-    equal = [1] * ranks
-    answer = exchange.start(torch.cat(told, dim=1), equal, equal, group_name)  # in flight while the rows are packed
-    if capacity > 0:
-        blocks = exchange.Blocks(num_chunks, ranks, capacity, min(top_k, num_local_experts))
-        row_to_slot = blocks.slots(rank_offsets, row_to_slot)
-    rows = torch.ops.moe.ep_pack(
-        hidden_states, topk_weights, physical_ids, row_to_slot, ranks, num_local_experts, wire=wire
-    )
-    if capacity > 0:
-        return answer, _sent(rows, blocks, group_name)
-    received_counts = exchange.wait(answer)
-    known = exchange.Counts(rank_offsets, received_counts)
-    known.check(size, top_k)
-    return received_counts, _sent(rows, known, group_name, check=check)
-
-
-def _sent(
-    rows: Tensor, known: exchange.Counts | exchange.Blocks, group_name: str, *, check: bool = False
-) -> list[Tensor]:
-    return [
-        exchange.start(rows[known.bounds(c)], known.send(c), known.receive(c), group_name, check=check)
-        for c in range(known.num_chunks)
-    ]
-
-
-def _row_bytes(hidden_states: Tensor, top_k: int, wire: str) -> int:
-    hidden_size, dtype = hidden_states.shape[1], hidden_states.dtype
-    return row_bytes(hidden_size, dtype, top_k=top_k, wire=wire, has_ids=True, has_weights=True)
-
-
-@register_fake("ep_dispatch")
-def _(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    physical_ids: Tensor,
-    rank_offsets: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-    counts: Tensor,
-    group_name: str,
-    *,
-    wire: str = "input",
-    check: bool = False,
-    capacity: int = 0,
-) -> tuple[Tensor, list[Tensor]]:
-    check_rank("ep_dispatch", "hidden_states", hidden_states, 2)
-    ranks = slot_to_row.shape[1]
-    size = _row_bytes(hidden_states, physical_ids.shape[1], wire)
-    context = torch.library.get_ctx()
-    received = [
-        hidden_states.new_empty((ranks * capacity or context.new_dynamic_size(), size), dtype=torch.uint8)
-        for _ in range((rank_offsets.shape[0] - 1) // ranks)
-    ]
-    return counts.new_empty((ranks, counts.shape[1] + (2 if capacity else 1))), received
 
 
 def _experts(
@@ -175,7 +93,7 @@ def _experts(
     if capacity == 0:
         return compute(exchange.Counts(rank_offsets, received_counts), received)
     received_counts = exchange.wait(received_counts)
-    size = _row_bytes(hidden_states, top_k, wire)
+    size = packed_bytes(hidden_states, top_k, wire)
     refused = (received_counts[:, -1] > capacity) | (received_counts[:, -2] != size)
     is_refused = exchange.read_later(refused.any())
     num_chunks = len(received)
@@ -187,7 +105,7 @@ def _experts(
         rows = torch.ops.moe.ep_pack(
             hidden_states, topk_weights, physical_ids, row_to_slot, ranks, num_local_experts, wire=wire
         )
-        output, saved = compute(known, _sent(rows, known, group_name, check=check))
+        output, saved = compute(known, start_chunks(rows, known, group_name, check=check))
     # The backward has to know which it was.
     return output, [*saved, rank_offsets.new_zeros(block)] if save else saved
 
@@ -273,7 +191,7 @@ def _experts_backward(
         rows = grad_output[(known.slots(rank_offsets, row_to_slot) // ranks).clamp(min=0)]
     else:
         rows = grad_output.new_zeros(known.rows_sent, hidden_size)
-    arriving = _sent(rows, known, group_name, check=check)
+    arriving = start_chunks(rows, known, group_name, check=check)
     # With several chunks the rows are put together once, for which a rank without experts has no use.
     at_once = len(chunks) == 1 or gate_up_proj.shape[0] == 0
     returned, grads = [], []
@@ -376,17 +294,14 @@ def _(
     needs_biases: bool,
     **options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def gradient(of: Tensor | None, needed: bool) -> Tensor:
-        return grad_output.new_empty((0,)) if of is None or not needed else of.new_empty(of.shape)
-
     weight = torch.promote_types(grad_output.dtype, torch.float32)
     return (
         grad_output.new_empty(grad_output.shape),
-        gradient(gate_up_proj, needs_projections),
-        gradient(down_proj, needs_projections),
+        empty_gradient(grad_output, gate_up_proj, needs_projections),
+        empty_gradient(grad_output, down_proj, needs_projections),
         grad_output.new_empty(physical_ids.shape, dtype=weight),
-        gradient(gate_up_bias, needs_biases),
-        gradient(down_bias, needs_biases),
+        empty_gradient(grad_output, gate_up_bias, needs_biases),
+        empty_gradient(grad_output, down_bias, needs_biases),
     )
 
 
@@ -428,7 +343,6 @@ def _backward(ctx: Context, grad_output: Tensor, _: list[Tensor | None]) -> tupl
     return every[: ctx.num_inputs]
 
 
-torch.library.impl("moe::ep_dispatch", "CompositeExplicitAutograd")(_dispatch)
 torch.library.impl("moe::ep_experts", "CompositeExplicitAutograd")(_experts)
 torch.library.impl("moe::ep_experts_backward", "CompositeExplicitAutograd")(_experts_backward)
 torch.library.register_autograd("moe::ep_experts", _backward, setup_context=_setup_context)

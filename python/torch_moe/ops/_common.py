@@ -26,6 +26,11 @@ def check_rank(op: str, argument: str, tensor: Tensor, rank: int) -> None:
         raise RuntimeError(f"{op}: {argument} must have {rank} dimensions, got shape {list(tensor.shape)}")
 
 
+def empty_gradient(like: Tensor, of: Tensor | None, needed: bool) -> Tensor:
+    """Return the fake of a gradient: of the shape of ``of``, or none of ``like``'s elements where it is not wanted."""
+    return like.new_empty((0,)) if of is None or not needed else of.new_empty(of.shape)
+
+
 def refuse_double_backward(op: str) -> None:
     """Make ``torch.ops.moe.<op>``, itself a gradient, raise when it is differentiated.
 

@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_moe.ops._common import Context, Options, autocast_dtype, check_rank, refuse_double_backward, register_fake
+from torch_moe.ops._common import (
+    Context,
+    Options,
+    autocast_dtype,
+    check_rank,
+    empty_gradient,
+    refuse_double_backward,
+    register_fake,
+)
 from torch_moe.ops.plan import Plan
 from torch_moe.ops.plan import plan as make_plan
 
@@ -165,10 +173,6 @@ def _(hidden_states: Tensor, *tensors: Tensor | None, **options: Options) -> Ten
     return hidden_states.new_empty(hidden_states.shape)
 
 
-def _empty_gradient(like: Tensor, of: Tensor | None, needed: bool) -> Tensor:
-    return like.new_empty((0,)) if of is None or not needed else of.new_empty(of.shape)
-
-
 @register_fake("experts_backward")
 def _backward_fake(
     grad_output: Tensor,
@@ -190,12 +194,12 @@ def _backward_fake(
     **options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
-        _empty_gradient(hidden_states, hidden_states, needs_hidden_states),
-        _empty_gradient(hidden_states, gate_up_proj, needs_projections),
-        _empty_gradient(hidden_states, down_proj, needs_projections),
-        _empty_gradient(hidden_states, topk_weights, needs_topk_weights),
-        _empty_gradient(hidden_states, gate_up_bias, needs_biases),
-        _empty_gradient(hidden_states, down_bias, needs_biases),
+        empty_gradient(hidden_states, hidden_states, needs_hidden_states),
+        empty_gradient(hidden_states, gate_up_proj, needs_projections),
+        empty_gradient(hidden_states, down_proj, needs_projections),
+        empty_gradient(hidden_states, topk_weights, needs_topk_weights),
+        empty_gradient(hidden_states, gate_up_bias, needs_biases),
+        empty_gradient(hidden_states, down_bias, needs_biases),
     )
 
 
