@@ -24,15 +24,17 @@ namespace moe {
 
 enum class GemmKernel : int8_t { kDot, kTokensInLanes, kColumnsInLanes, kTiles };
 
-// The most rows that dot products serve better than packed panels, which waste the lanes that rows do not fill, and
-// where a weight has to be widened first, that, too. benchmarks/bench_grouped_gemm.py shows both sides.
-inline constexpr int64_t kMaxDotProductRows = 7, kMaxWidenedDotProductRows = 24;
+// The most rows that dot products serve better than packed panels where a weight has to be widened first.
+inline constexpr int64_t kMaxWidenedDotProductRows = 24;
 
-inline GemmKernel choose_gemm(WeightLayout layout, int64_t rows, bool widened, bool matrix_units) {
+template <typename Storage>
+GemmKernel choose_gemm(const Kernels<Storage>& kernels, WeightLayout layout, int64_t rows, bool pairs,
+                       bool matrix_units) {
   if (matrix_units && (layout == WeightLayout::kInOut || rows > kMaxDotRows)) return GemmKernel::kTiles;
   if (layout == WeightLayout::kInOut) return GemmKernel::kColumnsInLanes;
-  return rows <= (widened ? kMaxWidenedDotProductRows : kMaxDotProductRows) ? GemmKernel::kDot
-                                                                            : GemmKernel::kTokensInLanes;
+  const bool widened = !std::is_same_v<Storage, Wide<Storage>> && !pairs;
+  return rows <= (widened ? kMaxWidenedDotProductRows : kernels.most_dot_rows) ? GemmKernel::kDot
+                                                                               : GemmKernel::kTokensInLanes;
 }
 
 constexpr WeightLayout transposed(WeightLayout layout) {
@@ -94,8 +96,7 @@ class BlockGemm {
     m_ = m;
     k_ = k;
     pairs_ = kernels_.outer_pairs != nullptr && k % 2 == 0;
-    kernel_ = choose_gemm(layout, row_invariant ? kMaxWidenedDotProductRows + 1 : m,
-                          !std::is_same_v<Storage, Real> && !pairs_,
+    kernel_ = choose_gemm(kernels_, layout, row_invariant ? kMaxWidenedDotProductRows + 1 : m, pairs_,
                           kernels_.matrix_units != nullptr && k % MatrixUnits::kDepth == 0);
     if (kernel_ == GemmKernel::kTiles) return load_tile_rows(rows, layout);
     if (kernel_ == GemmKernel::kTokensInLanes) {

@@ -114,10 +114,11 @@ bool set_isa(std::string_view name) {
 }
 
 std::string_view gemm_kernel_name(WeightLayout layout, int64_t rows, DType dtype) {
-  const bool widened =
-      dtype == DType::kFloat16 || (dtype == DType::kBFloat16 && kernels<BFloat16>().outer_pairs == nullptr);
-  const bool matrix_units = dtype == DType::kBFloat16 && kernels<BFloat16>().matrix_units != nullptr;
-  switch (choose_gemm(layout, rows, widened, matrix_units)) {
+  const GemmKernel kernel = dispatch(dtype, [&]<typename Storage>(std::type_identity<Storage>) {
+    const Kernels<Storage>& table = kernels<Storage>();
+    return choose_gemm(table, layout, rows, table.outer_pairs != nullptr, table.matrix_units != nullptr);
+  });
+  switch (kernel) {
     case GemmKernel::kDot:
       return "dot";
     case GemmKernel::kTokensInLanes:

@@ -50,6 +50,7 @@ struct Kernels {
   int accumulators;              // vectors of a tile that fit in registers: rows * vectors <= accumulators
   int tile_vectors;              // widest tile of `outer`, in vectors
   int dot_columns[kMaxDotRows];  // how many columns a tile of `dot` with 1, 2, .. rows has
+  int most_dot_rows;             // more rows than these are better served by packed panels, although those waste lanes
   int dot_step;                  // `arrange_for_dot` pads to a multiple of this
   int dot_packing;               // elements that `arrange_for_dot` puts into the room of a Real: 1, or a pair
 

@@ -20,6 +20,9 @@ const Kernels<Storage>& table() {
       .tile_vectors = MOE_TILE_VECTORS,
       .dot_columns = {kDotColumns<Storage, 1>, kDotColumns<Storage, 2>, kDotColumns<Storage, 3>,
                       kDotColumns<Storage, 4>},
+      // benchmarks/bench_grouped_gemm.py shows both sides. Short of registers, a tile of `dot` loads more for a
+      // product.
+      .most_dot_rows = MOE_ACCUMULATORS >= 24 ? 12 : 6,
       .dot_step = kDotStep<Storage>,
       .dot_packing = kDotPacking<Storage>,
       .outer = outer<Real, false>,
