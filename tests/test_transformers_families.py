@@ -32,7 +32,7 @@ GATES = {
     "nemotron_h": gate.Gate("relu2"),
     "openai_privacy_filter": gate.Gate("swiglu", "concat", 1.702, 7.0, 1.0),
 }
-# The bound for whole models in fp32, relative to the largest entry of a tensor.
+# The bound for whole models in fp32, relative to the largest entry of a tensor.
 FP32 = 1e-4
 
 

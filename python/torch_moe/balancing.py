@@ -181,6 +181,11 @@ class BiasBalancer(RouterObserver):
             How often each expert was chosen, padding left out.
         layer : int, default=0
             Whose.
+
+        Raises
+        ------
+        ValueError
+            If the shape differs, or the method is ``"quantile"``, which needs scores.
         """
         _require(self.method != "quantile", "method 'quantile' needs scores, not counts: use observe")
         expected = (self.num_experts,)
@@ -203,6 +208,11 @@ class BiasBalancer(RouterObserver):
             Whose.
         mask : Tensor, default=None
             False or 0 where a token is padding, one element per token.
+
+        Raises
+        ------
+        ValueError
+            If a shape differs, or the method is ``"quantile"`` and the observation has no logits.
         """
         mask = token_mask("BiasBalancer", observation, mask)
         if self.method != "quantile":
@@ -229,6 +239,11 @@ class BiasBalancer(RouterObserver):
         ----------
         biases : sequence of Tensor of shape (num_experts,), dtype=float32, default=None
             One per layer, written in place. None takes those of the routers attached to.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many biases as layers.
         """
         if biases is None:
             _require(bool(self._biased), "step needs biases, because no routers are attached")

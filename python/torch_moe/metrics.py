@@ -30,6 +30,16 @@ _MEANS = ("micro_max_vio", "entropy", "drop_rate", "margin", "flip_rate")
 def max_vio(tokens_per_expert: Tensor) -> Tensor:
     """Return ``max(count) / mean(count) - 1`` over the last dimension: 0 is even, NaN is no count at all.
 
+    Parameters
+    ----------
+    tokens_per_expert : Tensor of shape (..., num_experts), any dtype
+        The counts.
+
+    Returns
+    -------
+    Tensor of shape (...), dtype=float64
+        The violation.
+
     References
     ----------
     arXiv 2408.15664.
@@ -39,9 +49,21 @@ def max_vio(tokens_per_expert: Tensor) -> Tensor:
 
 
 def flip_rate(topk_ids: Tensor, other_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the share of chosen experts (..., top_k) that another choice for the same tokens does not have.
+    """Return the share of chosen experts that another choice for the same tokens does not have.
 
-    The order within a token does not matter. ``mask`` is False or 0 where a token is padding.
+    The order within a token does not matter.
+
+    Parameters
+    ----------
+    topk_ids, other_ids : Tensor of shape (..., top_k), any integer dtype
+        The two choices.
+    mask : Tensor of shape (...), default=None
+        False or 0 where a token is padding.
+
+    Returns
+    -------
+    Tensor of shape (), dtype=float32
+        The share; NaN where there is no token.
     """
     kept = (topk_ids.unsqueeze(-1) == other_ids.unsqueeze(-2)).any(dim=-1)
     if mask is not None:

@@ -32,6 +32,13 @@ def start(rows: Tensor, send: Sequence[int], receive: Sequence[int], group_name:
     -------
     Tensor of shape (sum(receive), ...), same dtype
         To be read after :func:`wait`.
+
+    Raises
+    ------
+    ValueError
+        If ``rows`` are not ``sum(send)``.
+    RuntimeError
+        With ``check``, as :func:`check_splits`.
     """
     if rows.shape[0] != sum(send):
         raise ValueError(f"exchange: rows must have sum(send) = {sum(send)} rows, got {rows.shape[0]}")

@@ -130,7 +130,22 @@ def _run(layer: ExpertParallel, tokens: Tensor, backward: bool) -> Tensor:
 
 
 def best_chunks(cost: ExchangeCost, dispatch_bytes: float, combine_bytes: float, compute: float) -> int:
-    """Return the number of chunks that the model of this module calls fastest, 1 unless others promise 5 %."""
+    """Return the number of chunks that the model of this module calls fastest, 1 unless others promise 5 %.
+
+    Parameters
+    ----------
+    cost : ExchangeCost
+        Latency and bandwidth of an exchange.
+    dispatch_bytes, combine_bytes : float
+        What a rank sends before and after its experts.
+    compute : float
+        Seconds of the experts.
+
+    Returns
+    -------
+    int
+        One of the numbers that are considered.
+    """
     d, c = dispatch_bytes / cost.bandwidth, combine_bytes / cost.bandwidth
 
     def seconds(chunks: int) -> float:

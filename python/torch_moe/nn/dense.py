@@ -126,7 +126,8 @@ class SharedExperts(DenseFFN):
     def forward(self, hidden_states: Tensor, shared_weights: Tensor | None = None) -> Tensor:
         """Return a tensor of the shape of ``hidden_states`` (..., hidden_size).
 
-        ``shared_weights`` (..., num_shared_sinks) are the router's, for ``gate="router"``.
+        ``shared_weights`` (..., num_shared_sinks) are the router's, for ``gate="router"``; without them it raises
+        ValueError.
         """
         if self.is_weighed:
             require("SharedExperts", shared_weights is not None, 'gate="router" needs shared_weights, got None')

@@ -24,6 +24,11 @@ def routing(name: str, num_tokens: int, num_experts: int, top_k: int, *, seed: i
     -------
     Tensor of shape (num_tokens, top_k), dtype=int32
         The ids, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the name is another.
     """
     if name == "one_expert":
         return (num_experts - 1 - torch.arange(top_k, dtype=torch.int32)).repeat(num_tokens, 1)
