@@ -34,12 +34,15 @@ class WgradWorker {
     int64_t expert, begin, count;  // output[expert, begin .. begin + count)
   };
 
-  // Longest experts first. Their units are shorter, so that the packed lhs stays bounded.
-  static std::vector<Unit> units(const Wgrad<Storage>& args) {
+  // Longest experts first. Their units are shorter, so that the packed lhs stays bounded. rhs is packed anew for every
+  // unit: they are as long as leaves some for each thread.
+  static std::vector<Unit> units(const Wgrad<Storage>& args, int64_t threads) {
+    const int64_t share = args.num_experts * args.m / (kUnitsPerThread * std::max<int64_t>(threads, 1));
+    const int64_t most = std::clamp<int64_t>(share / kStep * kStep, kFewCount, kMostCount);
     std::vector<Unit> units;
     for (int64_t e = 0; e < args.num_experts; ++e) {
-      const int64_t step = std::clamp<int64_t>(kPackedElements / std::max<int64_t>(rows_of(args, e), 1) / kStep * kStep,
-                                               kStep, kMostCount);
+      const int64_t step =
+          std::clamp<int64_t>(kPackedElements / std::max<int64_t>(rows_of(args, e), 1) / kStep * kStep, kStep, most);
       for (int64_t i = 0; i < args.m; i += step) units.push_back({e, i, std::min(step, args.m - i)});
     }
     std::stable_sort(units.begin(), units.end(), [&](const Unit& a, const Unit& b) {
@@ -95,7 +98,8 @@ class WgradWorker {
   }
 
  private:
-  static constexpr int64_t kStep = 24, kMostCount = 8 * kStep;  // count of a unit: a multiple of every tile's rows
+  // count of a unit: a multiple of every tile's rows
+  static constexpr int64_t kStep = 24, kFewCount = 8 * kStep, kMostCount = 24 * kStep, kUnitsPerThread = 8;
   static constexpr int64_t kPackedElements = int64_t{1} << 18;  // of the packed lhs
   static constexpr int64_t kRowsBlock = 256;                    // even: no pair of rows is torn apart
   static constexpr size_t kStreamedBytes = size_t{8} << 20;     // a smaller output is still cached when it is read next
@@ -247,7 +251,7 @@ class WgradWorker {
 template <typename Storage>
 bool run_wgrad(const Wgrad<Storage>& args, const ThreadPool& pool) {
   const Kernels<Storage>& table = kernels<Storage>();
-  const auto units = WgradWorker<Storage>::units(args);
+  const auto units = WgradWorker<Storage>::units(args, pool.num_threads());
   advise_huge_pages(args.output, static_cast<size_t>(args.num_experts * args.m * args.n) * sizeof(Storage));
   return run_units(pool, static_cast<int64_t>(units.size()), WgradWorker<Storage>::scratch_bytes(table, args),
                    [&](Arena& arena) { return WgradWorker<Storage>(table, args, units, arena); });
