@@ -143,8 +143,11 @@ __global__ void __launch_bounds__(kThreads, 2) route_block_kernel(RouteTask<T> t
   }
 }
 
+// A function that is not inlined takes the address of the task: it would be copied to local memory, and read from
+// there.
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(32 * kLaneWarps, Shape::kBlocks) route_lanes_kernel(RouteTask<T> task) {
+__global__ void __launch_bounds__(32 * kLaneWarps, Shape::kBlocks)
+    route_lanes_kernel(const __grid_constant__ RouteTask<T> task) {
   const int64_t first = (int64_t{blockIdx.x} * kLaneWarps + threadIdx.x / 32) * (32 / Shape::kLanes);
   if (first < task.num_tokens) route_tokens<T, Shape>(task, first);
 }
