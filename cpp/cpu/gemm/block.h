@@ -4,7 +4,7 @@
 //
 // Four ways, chosen by the sizes, the type and the layout of the weight alone, so that a result never depends on how
 // the work was cut or on who did it (each c[i, j] is summed in the same order in every tile):
-//   kDot             out_in, few rows: dot products along k, straight on the weight
+//   kDot             out_in, few rows: dot products along k, straight on the weight (dot_stream.h, dot.h)
 //   kTokensInLanes   out_in, many rows: rows are packed, transposed, once; weight elements are broadcast, unpacked
 //   kColumnsInLanes  in_out: a panel of the weight is packed; row elements are broadcast
 //                    (both: in pairs of bf16 where the processor multiplies those and k is even)
@@ -127,7 +127,9 @@ class BlockGemm {
   }
 
   // c[i * ldc + columns.offset(run) + j]; ldc >= columns.width(). Columns of padding hold anything.
-  void multiply(const Weight<Storage>& weight, const Columns& columns, Real* c, int64_t ldc) {
+  // `next` is the row of the weight, or of another, with which the next call will begin, if that is known.
+  void multiply(const Weight<Storage>& weight, const Columns& columns, Real* c, int64_t ldc,
+                const Storage* next = nullptr) {
     for (int run = 0; run < columns.runs; ++run) {
       Real* out = c + columns.offset(run);
       if (k_ == 0) {  // an empty sum, which no block of k would write
@@ -136,7 +138,8 @@ class BlockGemm {
       }
       switch (kernel_) {
         case GemmKernel::kDot:
-          multiply_dot(weight, columns.begin[run], columns.count, out, ldc);
+          multiply_dot(weight, columns.begin[run], columns.count, out, ldc,
+                       run + 1 < columns.runs ? weight.data + columns.begin[run + 1] * k_ : next);
           break;
         case GemmKernel::kTokensInLanes:
           multiply_tokens_in_lanes(weight, columns.begin[run], columns.count, out, ldc);
@@ -175,8 +178,16 @@ class BlockGemm {
     return kMaxWidenedDotProductRows * kMaxTileRows * kernels.lanes;
   }
 
-  // Few rows: all of k, since they are one tile anyway.
-  int64_t dot_depth() const { return m_ <= kMaxDotRows ? k_ : std::min(k_, kDepth); }
+  // Whether so few rows that reading the weight takes as long as multiplying it, yet not one.
+  bool streamed() const { return m_ > 1 && m_ <= kMaxStreamRows; }
+
+  // One row: all of k, since it is one tile anyway. Rows that stay in half of a first-level cache: equal parts of k.
+  int64_t dot_depth() const {
+    if (m_ == 1) return k_;
+    if (!streamed()) return std::min(k_, kDepth);
+    const int64_t most = (m_ <= kMaxDotRows ? 2 : 1) * kDepth * kernels_.dot_packing, step = kernels_.dot_step;
+    return std::min(k_, ceil_div(ceil_div(k_, ceil_div(k_, most)), step) * step);
+  }
   // NOTE: a row is one cache line longer than it need be: at a power of two, all rows would fall into the same cache
   // sets.
   int64_t dot_row_size() const {
@@ -195,7 +206,9 @@ class BlockGemm {
   // A few columns at a time, each to the end of its row of the weight. They are spread evenly over all: each is then
   // one of a few long streams, since the next tile goes on where this one ends, and a processor's prefetcher need not
   // start anew at every row. A row of 1.5 KiB is read 1.6 times as fast.
-  void multiply_dot(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
+  void multiply_dot(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc,
+                    const Storage* next) {
+    if (streamed()) return multiply_stream(weight, begin, count, c, ldc, next);
     const int64_t streams = kernels_.dot_columns[std::min(m_, kMaxDotRows) - 1], length = ceil_div(count, streams);
     for (int64_t j = 0; j < length; ++j) {
       dot_columns(weight.data + (begin + j) * k_, ceil_div(count - j, length), length, c + j, ldc);
@@ -220,6 +233,20 @@ class BlockGemm {
                      sums_ + first * kMaxTileRows * kernels_.lanes, {k0 == 0, k0 + depth == k_}, c + first * ldc, ldc,
                      stride, ahead);
       }
+    }
+  }
+
+  // One row of the weight after another, in each part of k.
+  void multiply_stream(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc,
+                       const Storage* next) {
+    const Storage* first = weight.data + begin * k_;
+    const Real* a[kMaxStreamRows];
+    const Real* packed = packed_;
+    for (int64_t k0 = 0; k0 < k_; k0 += dot_depth()) {
+      const int64_t depth = std::min(dot_depth(), k_ - k0), end = k0 + depth;
+      for (int64_t i = 0; i < m_; ++i, packed += dot_row_size()) a[i] = packed;
+      kernels_.dot_stream(static_cast<int>(m_), count, a, first + k0, k_, depth, end < k_ ? first + end : next, c, ldc,
+                          k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
     }
   }
 

@@ -15,7 +15,8 @@ namespace moe {
 inline constexpr int64_t kMaxTileRows = 8;     // rows of p in `outer`, columns in `dot`
 inline constexpr int64_t kMaxTileVectors = 4;  // width of q in `outer`, in vectors
 
-inline constexpr int64_t kMaxDotRows = 4;  // rows of a in `dot`
+inline constexpr int64_t kMaxDotRows = 4;     // rows of a in `dot`
+inline constexpr int64_t kMaxStreamRows = 8;  // rows of a in `dot_stream`
 
 // Which part of a dot product a call computes.
 struct DotPart {
@@ -79,6 +80,10 @@ struct Kernels {
   // fetches nothing.
   void (*dot)(int rows, int columns, const Real* const* a, const Storage* const* w, int64_t k, Real* sums, DotPart part,
               Real* c, int64_t ldc, int64_t stride, int64_t ahead);
+  // The same for `rows` <= kMaxStreamRows and any number of columns, w + j * stride, over k elements; kAdd adds to c,
+  // and no other sums are kept. `next` is what will be read after the last column, or anything: it is only fetched.
+  void (*dot_stream)(int rows, int64_t columns, const Real* const* a, const Storage* w, int64_t stride, int64_t k,
+                     const Storage* next, Real* c, int64_t ldc, TileStore how);
   // Widens a row of n elements into the order in which `dot` multiplies it, padded with zeros to a multiple of
   // dot_step.
   void (*arrange_for_dot)(const Storage* src, int64_t n, Real* dst);

@@ -3,6 +3,7 @@
 
 #include "gemm/activate.h"
 #include "gemm/dot.h"
+#include "gemm/dot_stream.h"
 #include "gemm/kernels.h"
 #include "gemm/outer.h"
 #include "gemm/pack.h"
@@ -27,6 +28,7 @@ const Kernels<Storage>& table() {
       .dot_packing = kDotPacking<Storage>,
       .outer = outer<Real, false>,
       .dot = dot<Storage>,
+      .dot_stream = dot_stream<Storage>,
       .arrange_for_dot = arrange_for_dot<Storage>,
       .pack_transposed = pack_transposed<Storage>,
       .pack_reals_transposed = pack_transposed<Real>,

@@ -1,0 +1,150 @@
+// Dot products of a few rows with one row of the weight after another: c[i, j] = <a[i], w[j]>.
+//
+// For the sizes at which multiplying takes about as long as reading: both go on side by side only while what is
+// multiplied lies in the first-level cache already. The rows of the weight are therefore one long stream, fetched in
+// three steps: twice into the second-level cache, since a core that asks for more than it can keep under way drops what
+// is too much, and once into the first. `dot`, with its several streams and one fetch, gets three quarters of this
+// speed at four rows; at one row, where multiplying takes no time, it is the faster one.
+#pragma once
+
+#include <algorithm>
+
+#include "gemm/dot.h"
+
+namespace moe::MOE_ISA {
+
+inline constexpr int64_t kCacheLine = 64, kNearBytes = 1024, kAheadBytes = 8192;
+
+// Where the stream goes on: after the end of this row, one step of the fetches ahead, and two.
+template <typename Storage>
+struct Upcoming {
+  const Storage *next, *ahead, *far_ahead;
+};
+
+// Of few rows, two sums along k in turn hide how long one addition takes; of more, two columns share what is loaded of
+// the rows, where the registers suffice.
+template <int Rows>
+inline constexpr int kStreamColumns = Rows > kMaxDotRows && 2 * Rows <= MOE_ACCUMULATORS ? 2 : 1;
+
+// sums[j * Rows + i] = <a[i], w[j]>, lane by lane, for the columns of a tile. A missing column repeats the first one.
+template <typename Storage, int Rows>
+void dot_columns(const Wide<Storage>* const* a, const Storage* w, const Storage* second, int64_t k,
+                 const Upcoming<Storage>& upcoming, int64_t stride, Vec<Wide<Storage>>* sums) {
+  using Real = Wide<Storage>;
+  constexpr int n = kLanes<Real>, kParts = kDotParts<Storage>, kColumns = kStreamColumns<Rows>;
+  constexpr int kUnroll = Rows > kMaxDotRows ? 1 : 2;
+  constexpr int64_t kStep = kDotStep<Storage>, kStride = kUnroll * kStep;
+  constexpr int64_t kLine = kCacheLine / sizeof(Storage), kNear = kNearBytes / sizeof(Storage);
+  const Storage* column[] = {w, second};
+  const Real* a_row[Rows];
+  Vec<Real> total[Rows][kColumns][kUnroll] = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) a_row[i] = a[i];
+  const auto step = [&](int64_t x, int u, auto load_w) __attribute__((always_inline)) {
+    Vec<Real> w_parts[kColumns][kParts];
+#pragma GCC unroll 2
+    for (int j = 0; j < kColumns; ++j) load_w(column[j] + x, w_parts[j]);
+#pragma GCC unroll 2
+    for (int p = 0; p < kParts; ++p) {
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows; ++i) {
+        const Vec<Real> a_part = load(a_row[i] + x / kDotPacking<Storage> + p * n);
+#pragma GCC unroll 2
+        for (int j = 0; j < kColumns; ++j) {
+          Vec<Real>& sum = total[i][j][u];
+          if constexpr (kDotPacking<Storage> == 2) {
+            sum = add_pairs(sum, a_part, w_parts[j][p]);
+          } else {
+            sum += a_part * w_parts[j][p];
+          }
+        }
+      }
+    }
+  };
+  const auto whole = [](const Storage* p, auto& parts) __attribute__((always_inline)) { load_step(p, parts); };
+  int64_t x = 0;
+  // Up to `end`, with the nearest fetch at near + x.
+  const auto run = [&](int64_t end, const Storage* near) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+    for (; x + kStride <= end; x += kStride) {
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < kStride; line += kLine) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kColumns; ++j) {
+          const int64_t at = j * stride + x + line;
+          fetch_early(upcoming.far_ahead + at);
+          fetch_early(upcoming.ahead + at);
+          fetch(near + at);
+        }
+      }
+#pragma GCC unroll 2
+      for (int u = 0; u < kUnroll; ++u) step(x + u * kStep, u, whole);
+    }
+  };
+  run(k - kNear, w + kNear);
+  run(k, upcoming.next + kNear - k);
+  if (kUnroll > 1 && x + kStep <= k) {
+    step(x, 0, whole);
+    x += kStep;
+  }
+  if (const int64_t rest = k - x; rest > 0) {
+    step(x, kUnroll - 1, [rest](const Storage* p, auto& parts) { load_first_of_step(p, rest, parts); });
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < kColumns; ++j) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      sums[j * Rows + i] = kUnroll > 1 ? total[i][j][0] + total[i][j][kUnroll - 1] : total[i][j][0];
+    }
+  }
+}
+
+template <typename Storage, int Rows>
+void dot_stream_of(int64_t columns, const Wide<Storage>* const* a, const Storage* w, int64_t stride, int64_t k,
+                   const Storage* next, Wide<Storage>* c, int64_t ldc, TileStore how) {
+  using Real = Wide<Storage>;
+  constexpr int n = kLanes<Real>, kTile = kStreamColumns<Rows>;
+  // The sums of as many columns as make n of them are added up together.
+  constexpr int kColumns = std::max(n / (Rows * kTile), 1) * kTile;
+  constexpr int kGroups = (kColumns * Rows + n - 1) / n;
+  const int64_t row_bytes = std::max<int64_t>(k, 1) * static_cast<int64_t>(sizeof(Storage));
+  const int64_t ahead = (kAheadBytes + row_bytes - 1) / row_bytes;
+  if (next == nullptr) next = w;
+  const auto row = [&](int64_t j) { return j < columns ? w + j * stride : next + (j - columns) * stride; };
+  Vec<Real> sums[kGroups][n] = {};
+  Real totals[kGroups * n];
+  for (int64_t first = 0; first < columns; first += kColumns) {
+    const int64_t count = std::min<int64_t>(kColumns, columns - first);
+    for (int64_t j = 0; j < count; j += kTile) {
+      const int64_t at = first + j;
+      const Storage* begin = w + at * stride;
+      const Upcoming<Storage> upcoming{row(at + kTile), row(at + ahead), row(at + 2 * ahead)};
+      dot_columns<Storage, Rows>(a, begin, j + 1 < count ? begin + stride : begin, k, upcoming, stride,
+                                 &sums[0][0] + j * Rows);
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      Vec<Real> together[n];
+      std::copy_n(sums[g], n, together);
+      sum_lanes<Real>(together);
+      store(totals + g * n, together[0]);
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      for (int i = 0; i < Rows; ++i) {
+        Real& out = c[i * ldc + first + j];
+        out = (how == TileStore::kAdd ? out : Real(0)) + totals[j * Rows + i];
+      }
+    }
+  }
+}
+
+template <typename Storage>
+void dot_stream(int rows, int64_t columns, const Wide<Storage>* const* a, const Storage* w, int64_t stride, int64_t k,
+                const Storage* next, Wide<Storage>* c, int64_t ldc, TileStore how) {
+  static_assert(kMaxStreamRows == 8, "one function per number of rows");
+  static constexpr decltype(&dot_stream_of<Storage, 1>) kOfRows[] = {
+      dot_stream_of<Storage, 1>, dot_stream_of<Storage, 2>, dot_stream_of<Storage, 3>, dot_stream_of<Storage, 4>,
+      dot_stream_of<Storage, 5>, dot_stream_of<Storage, 6>, dot_stream_of<Storage, 7>, dot_stream_of<Storage, 8>};
+  kOfRows[rows - 1](columns, a, w, stride, k, next, c, ldc, how);
+}
+
+}  // namespace moe::MOE_ISA
