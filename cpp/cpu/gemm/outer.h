@@ -86,9 +86,7 @@ void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Rea
   for (int i = 0; i < Rows; ++i) row[i] = p[i];
   wide.begin(c, ldc, how == TileStore::kAdd);
   narrow.begin(c + kWide, ldc, how == TileStore::kAdd);
-#pragma GCC unroll 1
-  for (int64_t x = 0; x < k; ++x, q += ldq) {
-    if (fetch.at != nullptr) fetch_step(fetch);
+  const auto step = [&](int64_t x) __attribute__((always_inline)) {
     wide.read(q);
     narrow.read(q + kWide);
 #pragma GCC unroll 8
@@ -106,6 +104,17 @@ void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Rea
       } else {
         narrow.add(i, narrow.broadcast(row[i] + x));
       }
+    }
+  };
+  // Two loops: what a fetch needs would push pointers of rows out of the registers where there is none.
+  if (fetch.at == nullptr) {
+#pragma GCC unroll 1
+    for (int64_t x = 0; x < k; ++x, q += ldq) step(x);
+  } else {
+#pragma GCC unroll 1
+    for (int64_t x = 0; x < k; ++x, q += ldq) {
+      fetch_step(fetch);
+      step(x);
     }
   }
   wide.end(c, ldc, how == TileStore::kStream);
