@@ -27,8 +27,12 @@ class GateUpWorker {
   }
 
   GateUpWorker(const Experts<Storage>& experts, const GateUp<Storage>& args, const std::vector<Unit>& units,
-               int64_t max_rows, Arena& arena)
-      : experts_(experts), args_(args), units_(units), gemm_(experts.table, arena, max_rows, experts.hidden, kWidth) {
+               int64_t max_rows, int64_t threads, Arena& arena)
+      : experts_(experts),
+        args_(args),
+        units_(units),
+        threads_(threads),
+        gemm_(experts.table, arena, max_rows, experts.hidden, kWidth) {
     c_ = arena.take<Real>(max_rows * kWidth);
     bias_ = arena.take<Real>(kWidth);
     spare_ = arena.take<Real>(kWidth);
@@ -43,12 +47,20 @@ class GateUpWorker {
       loaded_ = rows.first;
     }
     const Columns columns = experts_.layout.columns(begin, count);
-    gemm_.multiply(weight, columns, c_, kWidth);
+    gemm_.multiply(weight, columns, c_, kWidth, upcoming(index + threads_));
     for (int run = 0; run < columns.runs; ++run) add_bias(rows, columns, run);
     for (int64_t i = 0; i < rows.rows; ++i) finish_row(rows.first + i, begin, count, c_ + i * kWidth);
   }
 
  private:
+  // The row of the weight with which a unit begins: this thread's next one, where units take about equally long.
+  const Storage* upcoming(int64_t index) const {
+    if (index >= static_cast<int64_t>(units_.size())) return nullptr;
+    const Unit& unit = units_[index];
+    return experts_.gate_up_proj(unit.rows.expert).data +
+           experts_.layout.columns(unit.begin, unit.count).begin[0] * experts_.hidden;
+  }
+
   void add_bias(const RowBlock& rows, const Columns& columns, int run) {
     if (experts_.layer.gate_up_bias == nullptr) return;
     const Storage* bias = static_cast<const Storage*>(experts_.layer.gate_up_bias);
@@ -74,6 +86,7 @@ class GateUpWorker {
   const Experts<Storage>& experts_;
   const GateUp<Storage>& args_;
   const std::vector<Unit>& units_;
+  int64_t threads_;
   BlockGemm<Storage> gemm_;
   Real *c_, *bias_, *spare_;
   int64_t loaded_ = -1;  // first row of the block that gemm_ holds
@@ -84,8 +97,9 @@ bool gate_up(const Experts<Storage>& experts, const GateUp<Storage>& args, const
   const int64_t max_rows = BlockGemm<Storage>::max_rows(experts.table, experts.hidden);
   const auto units = units_of(row_blocks(experts.offsets.data(), experts.layer.plan.num_experts, max_rows),
                               experts.intermediate, GateUpWorker<Storage>::kColumnsPerUnit);
-  return run_units(pool, static_cast<int64_t>(units.size()), GateUpWorker<Storage>::scratch_bytes(experts, max_rows),
-                   [&](Arena& arena) { return GateUpWorker<Storage>(experts, args, units, max_rows, arena); });
+  return run_units(
+      pool, static_cast<int64_t>(units.size()), GateUpWorker<Storage>::scratch_bytes(experts, max_rows),
+      [&](Arena& arena) { return GateUpWorker<Storage>(experts, args, units, max_rows, pool.num_threads(), arena); });
 }
 
 }  // namespace moe
