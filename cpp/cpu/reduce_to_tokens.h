@@ -30,13 +30,11 @@ class TokenReducer {
   using Real = Wide<Storage>;
 
  public:
-  // Columns of a unit: as many units as feed every thread evenly, few enough that packing a row is worth it (few rows
-  // need no more than few columns, and the last unit's thread then keeps the others waiting less), and a sum for all
-  // tokens that stays in kSumBytes.
+  // Columns of a unit: as many units as feed every thread evenly, few enough that packing a row is worth it, and a sum
+  // for all tokens that stays in kSumBytes.
   static int64_t columns_per_unit(const Experts<Storage>& experts, int threads) {
     const int64_t hidden = std::max<int64_t>(experts.hidden, 1);
-    const bool few_rows = experts.rows <= kMaxDotRows * experts.layer.plan.num_experts;
-    const int64_t units = ceil_div(ceil_div(hidden, few_rows ? kFewColumns : kMostColumns), threads) * threads;
+    const int64_t units = ceil_div(ceil_div(hidden, kMostColumns), threads) * threads;
     const int64_t tokens = std::max<int64_t>(experts.layer.plan.num_tokens, 1);
     const int64_t fit = kSumBytes / (tokens * static_cast<int64_t>(sizeof(Real))) / kGrain * kGrain;
     return std::clamp(ceil_div(ceil_div(hidden, units), kGrain) * kGrain, kGrain, std::max(fit, kGrain));
@@ -78,7 +76,7 @@ class TokenReducer {
   }
 
  private:
-  static constexpr int64_t kMostColumns = 256, kFewColumns = 64, kGrain = Columns::kPadding;
+  static constexpr int64_t kMostColumns = 256, kGrain = Columns::kPadding;
   static constexpr int64_t kSumBytes = 4 << 20;
 
   // The row of the weight with which the next expert that has rows begins.
