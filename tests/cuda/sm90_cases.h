@@ -5,12 +5,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
-#include <algorithm>
 
+#include <algorithm>
 #include <numeric>
 #include <random>
 
 #include "check.h"
+#include "emulated_gpu.h"
 #include "grouped_gemm.cuh"
 
 namespace moe::test {
@@ -116,23 +117,6 @@ inline Reference activation_of(const ActivationOptions& o, double g, double u) {
   const double factor = std::clamp(u, -o.limit, o.limit) + o.up_offset;
   return {value * factor, g > o.limit ? 0 : slope * factor, std::abs(u) > o.limit ? 0 : value};
 }
-
-// The number of multiprocessors that the emulator has: with more than tiles, tiles are split.
-class Multiprocessors {
- public:
-  explicit Multiprocessors([[maybe_unused]] int count) {
-#ifdef CUDA_ON_CPU
-    setenv("EMU_SMS", std::to_string(count).c_str(), 1);
-#endif
-  }
-  ~Multiprocessors() {
-#ifdef CUDA_ON_CPU
-    unsetenv("EMU_SMS");
-#endif
-  }
-  Multiprocessors(const Multiprocessors&) = delete;
-  Multiprocessors& operator=(const Multiprocessors&) = delete;
-};
 
 struct Case {
   const char* name;

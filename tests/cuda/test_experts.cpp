@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "architecture.h"
+#include "emulated_gpu.h"
 #include "experts_reference.h"
 #include "stages.h"
 

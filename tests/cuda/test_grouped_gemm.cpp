@@ -1,7 +1,7 @@
 #include "moe/grouped_gemm.h"
 
-#include "architecture.h"
 #include "device.h"
+#include "emulated_gpu.h"
 #include "moe/isa.h"
 #include "support.h"
 

@@ -266,9 +266,8 @@ class BlockGemm {
     }
   }
 
-  // k in numbers or pairs of packed rows.
   int64_t packing() const { return pairs_ ? 2 : 1; }
-  int64_t packed_depth() const { return k_ / packing(); }
+  int64_t packed_depth() const { return k_ / packing(); }  // k in numbers or pairs
   auto outer() const { return pairs_ ? kernels_.outer_pairs : kernels_.outer; }
 
   // A few rows of the weight at a time, each read along k for as long as the packed rows stay cached. The next few are
