@@ -76,9 +76,11 @@ class Op {
   template <typename Enum>
   Enum parse(std::string_view argument, const std::string& value,
              std::initializer_list<std::pair<std::string_view, Enum>> choices) const {
-    std::string allowed;
     for (const auto& [text, choice] : choices) {
       if (text == value) return choice;
+    }
+    std::string allowed;
+    for (const auto& [text, choice] : choices) {
       allowed += (allowed.empty() ? "'" : ", '") + std::string(text) + "'";
     }
     fail(argument, "be one of " + allowed, "'" + value + "'");

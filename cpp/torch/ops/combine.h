@@ -15,9 +15,9 @@ inline Argument check_rows(const Op& op, const Tensor& rows, const PlanTensors& 
   return checked.shape({plan.num_rows(), checked.size(1)}, "[num_rows, hidden_size], with the plan's num_rows");
 }
 
-inline Argument check_topk_weights(const Op& op, const Tensor& topk_weights, const PlanTensors& plan, DType dtype) {
+inline Argument check_topk_weights(const Op& op, const Tensor& topk_weights, const PlanView& plan, DType dtype) {
   return op.argument("topk_weights", topk_weights)
-      .shape({plan.num_tokens(), plan.top_k()}, "[num_tokens, top_k]")
+      .shape({plan.num_tokens, plan.top_k}, "[num_tokens, top_k]")
       .type(weight_type(dtype));
 }
 
@@ -28,7 +28,7 @@ Tensor combine(const Tensor& rows, const std::optional<Tensor>& topk_weights, co
   const PlanTensors plan(op, expert_offsets, row_to_slot, slot_to_row);
   const Argument source = check_rows(op, rows, plan);
   std::optional<Argument> weights;
-  if (topk_weights) weights = check_topk_weights(op, *topk_weights, plan, source.dtype());
+  if (topk_weights) weights = check_topk_weights(op, *topk_weights, plan.view(), source.dtype());
   Tensor output = op.empty({plan.num_tokens(), source.size(1)}, scalar_type(source.dtype()));
   op.run<Device>(CombineArgs{.output = output.mutable_data_ptr(),
                              .rows = source.data(),
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_output, const Ten
   const Argument grad = op.argument("grad_output", grad_output)
                             .shape({plan.num_tokens(), hidden_size}, "[num_tokens, hidden_size]")
                             .type(scalar_type(dtype));
-  const Argument weights = check_topk_weights(op, topk_weights, plan, dtype);
+  const Argument weights = check_topk_weights(op, topk_weights, plan.view(), dtype);
   Tensor grad_rows = op.empty({plan.num_rows(), hidden_size}, scalar_type(dtype));
   Tensor grad_topk_weights = op.empty({plan.num_tokens(), plan.top_k()}, weight_type(dtype));
   op.run<Device>(CombineBackwardArgs{.grad_rows = grad_rows.mutable_data_ptr(),

@@ -13,7 +13,7 @@ namespace moe {
 
 // The checked tensors and options that forward and backward share.
 struct ExpertsTensors {
-  PlanTensors plan;
+  PlanView plan;
   ActivationOptions activation;
   WeightLayout weight_layout;
   bool row_invariant;
@@ -21,7 +21,7 @@ struct ExpertsTensors {
   std::optional<Argument> gate_up_bias, down_bias;
   int64_t hidden_size, intermediate_size, pre_activation_size;
 
-  ExpertsTensors(const Op& op, const PlanTensors& the_plan, const ActivationOptions& options, WeightLayout layout,
+  ExpertsTensors(const Op& op, const PlanView& the_plan, const ActivationOptions& options, WeightLayout layout,
                  bool by_row, const Tensor& tokens, const Tensor& w1, const Tensor& w2, const Tensor& weights,
                  const std::optional<Tensor>& b1, const std::optional<Tensor>& b2)
       : plan(the_plan),
@@ -35,8 +35,8 @@ struct ExpertsTensors {
         hidden_size(hidden_states.size(1)),
         intermediate_size(down_proj.size(out_in() ? 2 : 1)),
         pre_activation_size(moe::pre_activation_size(options.activation, intermediate_size)) {
-    const int64_t num_experts = plan.num_experts(), h = hidden_size, i = intermediate_size, p = pre_activation_size;
-    hidden_states.shape({plan.num_tokens(), h}, "[num_tokens, hidden_size], with the plan's num_tokens");
+    const int64_t num_experts = plan.num_experts, h = hidden_size, i = intermediate_size, p = pre_activation_size;
+    hidden_states.shape({plan.num_tokens, h}, "[num_tokens, hidden_size], with the plan's num_tokens");
     if (out_in()) {
       down_proj.shape({num_experts, h, i}, down_legend());
       gate_up_proj.shape({num_experts, p, h}, gate_up_legend());
@@ -59,7 +59,7 @@ struct ExpertsTensors {
             .gate_up_bias = gate_up_bias ? gate_up_bias->data() : nullptr,
             .down_bias = down_bias ? down_bias->data() : nullptr,
             .topk_weights = topk_weights.data(),
-            .plan = plan.view(),
+            .plan = plan,
             .hidden_size = hidden_size,
             .intermediate_size = intermediate_size,
             .dtype = dtype(),
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> experts(const Tensor& hidden_states, const Tensor& ga
                                    bool save_pre_activation, bool /*accumulate, for the backward*/) {
   const Op op("experts", hidden_states);
   const PlanTensors plan(op, expert_offsets, row_to_slot, slot_to_row);
-  const ExpertsTensors tensors(op, plan, parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
+  const ExpertsTensors tensors(op, plan.view(), parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
                                parse_weight_layout(op, weight_layout), row_invariant, hidden_states, gate_up_proj,
                                down_proj, topk_weights, gate_up_bias, down_bias);
   Tensor output = op.empty({plan.num_tokens(), tensors.hidden_size}, tensors.type());
@@ -116,13 +116,12 @@ Tensor routed_experts(const Tensor& hidden_states, const Tensor& gate_up_proj, c
                       std::optional<double> limit, double up_offset, bool row_invariant) {
   const Op op("routed_experts", hidden_states);
   const int64_t num_experts = op.argument("gate_up_proj", gate_up_proj).rank(3, "[num_experts, ..]").size(0);
-  const NewPlan plan = new_plan(op, topk_ids, num_experts, std::nullopt);
-  const ExpertsTensors tensors(op, PlanTensors(op, plan.expert_offsets, plan.row_to_slot, plan.slot_to_row),
-                               parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
+  const InnerPlan plan(op, topk_ids, num_experts);
+  const ExpertsTensors tensors(op, plan.view(), parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
                                parse_weight_layout(op, weight_layout), row_invariant, hidden_states, gate_up_proj,
                                down_proj, topk_weights, gate_up_bias, down_bias);
-  Tensor output = op.empty({tensors.plan.num_tokens(), tensors.hidden_size}, tensors.type());
-  op.run<Device>(plan.args);  // after all checks
+  Tensor output = op.empty({tensors.plan.num_tokens, tensors.hidden_size}, tensors.type());
+  plan.run<Device>(op);  // after all checks
   op.run<Device>(ExpertsArgs{.output = output.mutable_data_ptr(), .pre_activation = nullptr, .layer = tensors.layer()});
   return output;
 }
@@ -146,7 +145,7 @@ ExpertsGradients experts_gradients(const Op& op, const WantedGradients& wanted, 
                                    const std::string& weight_layout, double alpha, std::optional<double> limit,
                                    double up_offset, bool row_invariant) {
   const PlanTensors plan(op, expert_offsets, row_to_slot, slot_to_row);
-  const ExpertsTensors tensors(op, plan, parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
+  const ExpertsTensors tensors(op, plan.view(), parse_activation(op, activation, gate_layout, alpha, limit, up_offset),
                                parse_weight_layout(op, weight_layout), row_invariant, hidden_states, gate_up_proj,
                                down_proj, topk_weights, gate_up_bias, down_bias);
   const Argument grad = op.argument("grad_output", grad_output)

@@ -10,42 +10,75 @@
 
 namespace moe {
 
-// A plan that is checked and allocated, and yet to be made by running `args`.
-struct NewPlan {
-  Argument topk_ids;
-  Tensor expert_offsets, row_to_slot, slot_to_row;
-  PlanArgs args;
-};
-
-inline NewPlan new_plan(const Op& op, const Tensor& topk_ids, int64_t num_experts, std::optional<int64_t> capacity) {
-  const Argument ids = op.argument("topk_ids", topk_ids).rank(2, "[num_tokens, top_k]").type(ScalarType::Int);
-  const int64_t num_tokens = ids.size(0), top_k = ids.size(1);
+inline Argument check_topk_ids(const Op& op, const Tensor& topk_ids, int64_t num_experts) {
+  Argument ids = op.argument("topk_ids", topk_ids).rank(2, "[num_tokens, top_k]").type(ScalarType::Int);
   op.at_least("num_experts", num_experts, 1);
-  if (capacity) op.at_least("capacity", *capacity, 0);
-  if (num_tokens * top_k > std::numeric_limits<int32_t>::max()) {
-    ids.fail("have fewer than 2^31 slots", std::to_string(num_tokens * top_k), "split the batch");
+  const int64_t num_slots = ids.size(0) * ids.size(1);
+  if (num_slots > std::numeric_limits<int32_t>::max()) {
+    ids.fail("have fewer than 2^31 slots", std::to_string(num_slots), "split the batch");
   }
-  Tensor expert_offsets = op.empty({num_experts + 1}, ScalarType::Int);
-  Tensor row_to_slot = op.empty({num_tokens * top_k}, ScalarType::Int);
-  Tensor slot_to_row = op.empty({num_tokens, top_k}, ScalarType::Int);
-  const PlanArgs args{.expert_offsets = static_cast<int32_t*>(expert_offsets.mutable_data_ptr()),
-                      .row_to_slot = static_cast<int32_t*>(row_to_slot.mutable_data_ptr()),
-                      .slot_to_row = static_cast<int32_t*>(slot_to_row.mutable_data_ptr()),
-                      .topk_ids = ids.data<int32_t>(),
-                      .num_tokens = num_tokens,
-                      .num_experts = num_experts,
-                      .top_k = top_k,
-                      .capacity = capacity.value_or(-1)};
-  return {ids, expert_offsets, row_to_slot, slot_to_row, args};
+  return ids;
 }
 
 template <typename Device>
 std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& topk_ids, int64_t num_experts, std::optional<int64_t> capacity) {
   const Op op("plan", topk_ids);
-  const NewPlan plan = new_plan(op, topk_ids, num_experts, capacity);
-  op.run<Device>(plan.args);
-  return {plan.expert_offsets, plan.row_to_slot, plan.slot_to_row};
+  const Argument ids = check_topk_ids(op, topk_ids, num_experts);
+  if (capacity) op.at_least("capacity", *capacity, 0);
+  const int64_t num_tokens = ids.size(0), top_k = ids.size(1);
+  Tensor expert_offsets = op.empty({num_experts + 1}, ScalarType::Int);
+  Tensor row_to_slot = op.empty({num_tokens * top_k}, ScalarType::Int);
+  Tensor slot_to_row = op.empty({num_tokens, top_k}, ScalarType::Int);
+  op.run<Device>(PlanArgs{.expert_offsets = static_cast<int32_t*>(expert_offsets.mutable_data_ptr()),
+                          .row_to_slot = static_cast<int32_t*>(row_to_slot.mutable_data_ptr()),
+                          .slot_to_row = static_cast<int32_t*>(slot_to_row.mutable_data_ptr()),
+                          .topk_ids = ids.data<int32_t>(),
+                          .num_tokens = num_tokens,
+                          .num_experts = num_experts,
+                          .top_k = top_k,
+                          .capacity = capacity.value_or(-1)});
+  return {expert_offsets, row_to_slot, slot_to_row};
 }
+
+// A plan that the caller does not see, in one tensor; yet to be made, by run().
+class InnerPlan {
+ public:
+  InnerPlan(const Op& op, const Tensor& topk_ids, int64_t num_experts)
+      : ids_(check_topk_ids(op, topk_ids, num_experts)),
+        num_experts_(num_experts),
+        memory_(op.empty({num_experts + 1 + 2 * num_slots()}, ScalarType::Int)) {}
+
+  template <typename Device>
+  void run(const Op& op) const {
+    op.run<Device>(PlanArgs{.expert_offsets = offsets(),
+                            .row_to_slot = rows(),
+                            .slot_to_row = rows() + num_slots(),
+                            .topk_ids = ids_.data<int32_t>(),
+                            .num_tokens = ids_.size(0),
+                            .num_experts = num_experts_,
+                            .top_k = ids_.size(1),
+                            .capacity = -1});
+  }
+
+  PlanView view() const {
+    return {.expert_offsets = offsets(),
+            .row_to_slot = rows(),
+            .slot_to_row = rows() + num_slots(),
+            .num_tokens = ids_.size(0),
+            .num_experts = num_experts_,
+            .top_k = ids_.size(1),
+            .num_rows = num_slots()};
+  }
+
+ private:
+  int64_t num_slots() const { return ids_.size(0) * ids_.size(1); }
+  int32_t* offsets() const { return static_cast<int32_t*>(memory_.mutable_data_ptr()); }
+  int32_t* rows() const { return offsets() + num_experts_ + 1; }
+
+  Argument ids_;
+  int64_t num_experts_;
+  Tensor memory_;
+};
 
 inline Argument check_offsets(const Op& op, const Tensor& expert_offsets) {
   const Argument offsets =
