@@ -50,6 +50,8 @@ def other_layout(weight_layout: str) -> str:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """Return the dtype autocast asks for on the tensor's device, or None; like torch's own, it leaves fp64 alone."""
+    if not torch._C._is_any_autocast_enabled():  # one look-up, where the rest is seven: see _routed_experts
+        return None
     device_type = tensor.device.type
     if tensor.dtype == torch.float64 or not is_autocast_enabled(device_type):
         return None

@@ -17,6 +17,10 @@ from torch_moe.ops._common import (
 from torch_moe.ops.plan import Plan
 from torch_moe.ops.plan import plan as make_plan
 
+# NOTE: found once. A model of many layers has emptied the caches before each call, and every look-up of a name reads
+# memory a few times: with one token that shows.
+_routed_experts = torch.ops.moe.routed_experts.default
+
 
 def experts(
     hidden_states: Tensor,
@@ -103,21 +107,14 @@ def experts(
         hidden_states, gate_up_proj, down_proj = hidden_states.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
         gate_up_bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
         down_bias = None if down_bias is None else down_bias.to(dtype)
-    differentiable = (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    options = {
-        "activation": activation,
-        "gate_layout": gate_layout,
-        "weight_layout": weight_layout,
-        "alpha": alpha,
-        "limit": limit,
-        "up_offset": up_offset,
-        "row_invariant": row_invariant,
-    }
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad
+        for tensor in (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
+    )
     output: Tensor
     if isinstance(plan, Tensor):
         if not needs_grad:
-            output = torch.ops.moe.routed_experts.default(
+            output = _routed_experts(
                 hidden_states,
                 gate_up_proj,
                 down_proj,
@@ -125,7 +122,13 @@ def experts(
                 plan,
                 gate_up_bias,
                 down_bias,
-                **options,
+                activation=activation,
+                gate_layout=gate_layout,
+                weight_layout=weight_layout,
+                alpha=alpha,
+                limit=limit,
+                up_offset=up_offset,
+                row_invariant=row_invariant,
             )
             return output
         plan = make_plan(plan, gate_up_proj.shape[0])
@@ -137,7 +140,13 @@ def experts(
         *plan,
         gate_up_bias,
         down_bias,
-        **options,
+        activation=activation,
+        gate_layout=gate_layout,
+        weight_layout=weight_layout,
+        alpha=alpha,
+        limit=limit,
+        up_offset=up_offset,
+        row_invariant=row_invariant,
         save_pre_activation=needs_grad and not recompute,
         accumulate=accumulate,
     )[0]
