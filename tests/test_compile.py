@@ -58,10 +58,11 @@ def test_layer(options, device):
     check(torch_moe.MoE(H, I, E, K, device=device, **options), randn(2, T, H, device=device))
 
 
-def test_layer_with_any_number_of_tokens(device):
+@pytest.mark.parametrize("capacity_factor", [None, 1.25])
+def test_layer_with_any_number_of_tokens(capacity_factor, device):
     """One graph for all sizes: the second and third call must not trace again."""
     torch.manual_seed(0)
-    layer = torch_moe.MoE(H, I, E, K, device=device)
+    layer = torch_moe.MoE(H, I, E, K, capacity_factor=capacity_factor, device=device)
     compiled = torch.compile(layer, fullgraph=True, backend=BACKEND, dynamic=True)
     compiled(randn(6, H, device=device)).sum().backward()
     with torch.compiler.set_stance("fail_on_recompile"):

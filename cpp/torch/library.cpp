@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(moe, m) {
       "float routed_scaling_factor) -> Tensor grad_router_logits");
 
   m.def(
-      "plan(Tensor topk_ids, int num_experts, int? capacity=None) "
+      "plan(Tensor topk_ids, int num_experts, SymInt? capacity=None) "
       "-> (Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
 
   m.def("permute(Tensor hidden_states, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row) -> Tensor rows");

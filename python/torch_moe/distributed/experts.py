@@ -20,7 +20,15 @@ from torch import Tensor
 
 from torch_moe.distributed import exchange
 from torch_moe.distributed.dispatch import packed_bytes, start_chunks
-from torch_moe.ops._common import Context, Options, check_rank, empty_gradient, refuse_double_backward, register_fake
+from torch_moe.ops._common import (
+    Context,
+    Options,
+    check_rank,
+    empty_gradient,
+    refuse_double_backward,
+    register_autograd,
+    register_fake,
+)
 
 # Up to here every kernel that is chosen by the number of rows is that for few: in parts as in the whole.
 _FEW_ROWS = 4
@@ -345,5 +353,5 @@ def _backward(ctx: Context, grad_output: Tensor, _: list[Tensor | None]) -> tupl
 
 torch.library.impl("moe::ep_experts", "CompositeExplicitAutograd")(_experts)
 torch.library.impl("moe::ep_experts_backward", "CompositeExplicitAutograd")(_experts_backward)
-torch.library.register_autograd("moe::ep_experts", _backward, setup_context=_setup_context)
+register_autograd("ep_experts", _backward, setup_context=_setup_context)
 refuse_double_backward("ep_experts_backward")

@@ -68,7 +68,8 @@ class MoE(nn.Module):
     4. ``shared_experts``, if any, is added for every token.
 
     A layer with more parts (a latent width, averaged or weighed shared experts, an output bias or norm, a router with a
-    state) is made by :meth:`from_config`.
+    state) is made by :meth:`from_config`. Under autocast the experts compute in its dtype, the router in fp32 all the
+    same.
 
     Parameters
     ----------

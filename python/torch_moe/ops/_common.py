@@ -1,10 +1,11 @@
-"""What the operators share: the fakes' shape check, the refusal of a second backward, the autocast dtype."""
+"""What the operators share: the fakes' shape check, gradients and what has none, the autocast dtype."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # What torch hands to setup_context and backward, and what it returns; torch has no public type for them.
 Context: TypeAlias = Any
@@ -31,6 +32,40 @@ def empty_gradient(like: Tensor, of: Tensor | None, needed: bool) -> Tensor:
     return like.new_empty((0,)) if of is None or not needed else of.new_empty(of.shape)
 
 
+class _ReverseMode(torch.library.Library):
+    """Registers gradients that refuse what they are not: torch would call a missing tangent zero, without a word."""
+
+    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Options) -> None:
+        def checked(keyset: object, *args: object, **kwargs: object) -> object:
+            # Both are off in ordinary calls, of which this is all.
+            if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+                _refuse_other_modes(op_name, [arg for arg in args if isinstance(arg, Tensor)])
+            return fn(keyset, *args, **kwargs)
+
+        super().impl(op_name, checked, dispatch_key, **options)  # type: ignore[no-untyped-call]
+
+
+def _refuse_other_modes(op: str, tensors: list[Tensor]) -> None:
+    unpack: Callable[[Tensor], forward_ad.UnpackedDualTensor] = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and any(unpack(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(f"{op}: forward-mode differentiation is not supported (use backward or torch.autograd.grad)")
+    if torch._C._are_functorch_transforms_active() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            f"{op}: torch.func.grad, vjp and jacrev are not supported (use backward or torch.autograd.grad; "
+            "torch.func.functional_call and vmap work)"
+        )
+
+
+_LIBRARY = _ReverseMode("moe", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def register_autograd(
+    op: str, backward: Callable[..., object], *, setup_context: Callable[..., None] | None = None
+) -> None:
+    """Register the gradient of ``torch.ops.moe.<op>``; forward mode and torch.func's derivatives are refused."""
+    torch.library.register_autograd(f"moe::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
 def refuse_double_backward(op: str) -> None:
     """Make ``torch.ops.moe.<op>``, itself a gradient, raise when it is differentiated.
 
@@ -40,7 +75,7 @@ def refuse_double_backward(op: str) -> None:
     def backward(ctx: Context, *grads: Tensor) -> None:
         raise RuntimeError(f"{op}: has no derivative of its own (double backward is not supported)")
 
-    torch.library.register_autograd(f"moe::{op}", backward)
+    register_autograd(op, backward)
 
 
 def other_layout(weight_layout: str) -> str:

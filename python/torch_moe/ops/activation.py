@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_moe.ops._common import Context, Options, check_rank, refuse_double_backward, register_fake
+from torch_moe.ops._common import Context, Options, check_rank, refuse_double_backward, register_autograd, register_fake
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu")
 UNGATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -89,5 +89,5 @@ def _backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, None]:
     return torch.ops.moe.activation_backward(grad_output, pre_activation, ctx.activation, **ctx.options), None
 
 
-torch.library.register_autograd("moe::activation", _backward, setup_context=_setup_context)
+register_autograd("activation", _backward, setup_context=_setup_context)
 refuse_double_backward("activation_backward")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_moe.ops._common import Context, check_rank, refuse_double_backward, register_fake
+from torch_moe.ops._common import Context, check_rank, refuse_double_backward, register_autograd, register_fake
 from torch_moe.ops.plan import Plan
 
 
@@ -72,5 +72,5 @@ def _backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.moe.combine_backward(grad_output, rows, topk_weights, *maps), None, None, None
 
 
-torch.library.register_autograd("moe::combine", _backward, setup_context=_setup_context)
+register_autograd("combine", _backward, setup_context=_setup_context)
 refuse_double_backward("combine_backward")

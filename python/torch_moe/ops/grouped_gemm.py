@@ -11,6 +11,7 @@ from torch_moe.ops._common import (
     check_rank,
     other_layout,
     refuse_double_backward,
+    register_autograd,
     register_fake,
 )
 
@@ -114,6 +115,6 @@ def _backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return grad_rows, grad_weight, None, grad_bias
 
 
-torch.library.register_autograd("moe::grouped_gemm", _backward, setup_context=_setup_context)
+register_autograd("grouped_gemm", _backward, setup_context=_setup_context)
 refuse_double_backward("grouped_gemm_wgrad")
 refuse_double_backward("grouped_gemm_bgrad")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_moe.ops._common import Context, check_rank, register_fake
+from torch_moe.ops._common import Context, check_rank, register_autograd, register_fake
 from torch_moe.ops.plan import Plan
 
 
@@ -49,4 +49,4 @@ def _backward(ctx: Context, grad_rows: Tensor) -> tuple[Tensor, None, None, None
     return torch.ops.moe.combine(grad_rows, None, *ctx.saved_tensors), None, None, None
 
 
-torch.library.register_autograd("moe::permute", _backward, setup_context=_setup_context)
+register_autograd("permute", _backward, setup_context=_setup_context)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_moe.ops._common import Context, Options, check_rank, refuse_double_backward, register_fake
+from torch_moe.ops._common import Context, Options, check_rank, refuse_double_backward, register_autograd, register_fake
 
 
 def route(
@@ -160,5 +160,5 @@ def _backward(ctx: Context, grad_topk_weights: Tensor, _: Tensor | None) -> tupl
     return grad, None, None, None
 
 
-torch.library.register_autograd("moe::route", _backward, setup_context=_setup_context)
+register_autograd("route", _backward, setup_context=_setup_context)
 refuse_double_backward("route_backward")
