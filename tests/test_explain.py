@@ -29,9 +29,10 @@ def test_names_the_kernel_of_each_number_of_rows(weight_layout, dtype):
         assert line == f"grouped_gemm, {rows} rows, {weight_layout}, {dtype}: {_C.kernel(rows, weight_layout, dtype)}"
 
 
-def test_matrix_units_are_for_bfloat16(isa):
+def test_the_kernel_is_that_of_the_isa(isa):
     assert (_C.kernel(64, "out_in", "bfloat16") == "tiles") == (isa == "amx")
     assert _C.kernel(64, "out_in", "float16") == "tokens_in_lanes"
+    assert (_C.kernel(8, "out_in", "float32") == "dot_fours") == (isa != "scalar")
     with pytest.raises(ValueError, match=r"kernel: dtype must be .*got 'int8'"):
         _C.kernel(64, "out_in", "int8")
 

@@ -210,5 +210,47 @@ TEST(kernels_dot_stream) {
   });
 }
 
+// Every number of rows and of columns of a tile; k around whole vectors of four rows. `width` is that of an element: a
+// number, or a pair of BFloat16.
+template <typename Storage, typename DotFours>
+void check_dot_fours(const Kernels<Storage>& table, int64_t width, const DotFours& dot_fours) {
+  using Real = Wide<Storage>;
+  for (int64_t rows = 1; rows <= table.most_fours_rows; ++rows) {
+    const int64_t vectors = (rows + kRowsOfVector - 1) / kRowsOfVector;
+    for (int64_t columns = 1; columns <= table.tile_rows(vectors); ++columns) {
+      for (const int64_t k : {1, 2, 3, 4, 31, 64}) {
+        const Context context(std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(k));
+        const int64_t elements = k * width, stride = elements + width;
+        const auto left = random_values<Storage>(rows * elements, 1),
+                   weight = random_values<Storage>(columns * stride, 2);
+        std::vector<const Real*> a;
+        for (int64_t i = 0; i < rows; ++i) a.push_back(reinterpret_cast<const Real*>(left.data() + i * elements));
+        auto packed = unwritten<Real>(vectors * kRowsOfVector * (k + table.lanes));
+        table.pack_fours(a.data(), rows, k, packed.data());
+        // What lies after the last element must not be read as a number.
+        const Fetch fetch = k == 31 ? Fetch{reinterpret_cast<const char*>(weight.data()), 2, 3, 3, 64} : Fetch{};
+        for (const TileStore how : {TileStore::kWrite, TileStore::kAdd}) {
+          check_tile<Real>(
+              [&](Real* c, int64_t ldc, TileStore store) {
+                dot_fours(static_cast<int>(rows), static_cast<int>(columns), packed.data(),
+                          reinterpret_cast<const Real*>(weight.data()), stride / width, k, c, ldc, store, fetch);
+              },
+              rows, columns, how, elements,
+              [&](int64_t i, int64_t j, int64_t x, Sum& sum) {
+                sum.add(static_cast<double>(widen(left[i * elements + x])) * widen(weight[j * stride + x]));
+              });
+        }
+      }
+    }
+  }
+}
+
+TEST(kernels_dot_fours) {
+  check_dot_fours(kernels<float>(), 1, kernels<float>().dot_fours);
+  check_dot_fours(kernels<double>(), 1, kernels<double>().dot_fours);
+  const Kernels<BFloat16>& table = kernels<BFloat16>();
+  if (table.dot_fours_pairs != nullptr) check_dot_fours(table, 2, table.dot_fours_pairs);
+}
+
 }  // namespace
 }  // namespace moe::test

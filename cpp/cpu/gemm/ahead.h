@@ -7,12 +7,12 @@
 namespace moe {
 
 // Cuts `rows` rows of `bytes` each, `stride` bytes apart, into what each of the calls of `outer` that make `steps`
-// steps together fetches. Nothing by default.
+// steps together fetches. Nothing by default, or from null on.
 class RowsAhead {
  public:
   RowsAhead() = default;
   RowsAhead(const void* first, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
-      : row_(static_cast<const char*>(first)), rows_left_(rows), stride_(stride) {
+      : row_(static_cast<const char*>(first)), rows_left_(first == nullptr ? 0 : rows), stride_(stride) {
     const int64_t lines = ceil_div(bytes, kCacheLine);
     while (lines_ < kMostLines && ceil_div(lines, lines_) * rows > steps) lines_ *= 2;
     steps_ = ceil_div(lines, lines_);

@@ -7,6 +7,7 @@
 #define MOE_TILE_VECTORS 4
 #include "gemm/avx512.h"
 #include "gemm/dot.h"
+#include "gemm/dot_fours.h"
 #include "gemm/dot_stream.h"
 #include "gemm/outer.h"
 #include "gemm/pack.h"
@@ -22,6 +23,7 @@ const Kernels<Storage>& table() {
       with_pairs.pack_pairs = pack_pairs;
       with_pairs.pack_pairs_transposed = pack_pairs_transposed;
       with_pairs.dot = dot<BFloat16>;
+      with_pairs.dot_fours_pairs = dot_fours<float, true>;
       with_pairs.dot_stream = dot_stream<BFloat16>;
       with_pairs.arrange_for_dot = arrange_for_dot<BFloat16>;
       with_pairs.dot_step = kDotStep<BFloat16>;

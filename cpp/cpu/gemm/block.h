@@ -2,12 +2,13 @@
 //
 //   c[i, j] = sum over x < k of rows[i][x] * weight(j, x)
 //
-// Four ways, chosen by the sizes, the type and the layout of the weight alone, so that a result never depends on how
+// Five ways, chosen by the sizes, the type and the layout of the weight alone, so that a result never depends on how
 // the work was cut or on who did it (each c[i, j] is summed in the same order in every tile):
 //   kDot             out_in, few rows: dot products along k, straight on the weight (dot_stream.h, dot.h)
+//   kFours           out_in, rows that would fill few lanes of the next: the same, four rows to a vector (dot_fours.h)
 //   kTokensInLanes   out_in, many rows: rows are packed, transposed, once; weight elements are broadcast, unpacked
 //   kColumnsInLanes  in_out: a panel of the weight is packed; row elements are broadcast
-//                    (both: in pairs of bf16 where the processor multiplies those and k is even)
+//                    (these three: in pairs of bf16 where the processor multiplies those and k is even)
 //   kTiles           bf16 on matrix units, either layout, k a multiple of 32: what is not the left factor is packed
 #pragma once
 
@@ -22,7 +23,7 @@
 
 namespace moe {
 
-enum class GemmKernel : int8_t { kDot, kTokensInLanes, kColumnsInLanes, kTiles };
+enum class GemmKernel : int8_t { kDot, kFours, kTokensInLanes, kColumnsInLanes, kTiles };
 
 // The most rows that dot products serve better than packed panels where a weight has to be widened first.
 inline constexpr int64_t kMaxWidenedDotProductRows = 24;
@@ -33,8 +34,8 @@ GemmKernel choose_gemm(const Kernels<Storage>& kernels, WeightLayout layout, int
   if (matrix_units && (layout == WeightLayout::kInOut || rows > kMaxDotRows)) return GemmKernel::kTiles;
   if (layout == WeightLayout::kInOut) return GemmKernel::kColumnsInLanes;
   const bool widened = !std::is_same_v<Storage, Wide<Storage>> && !pairs;
-  return rows <= (widened ? kMaxWidenedDotProductRows : kernels.most_dot_rows) ? GemmKernel::kDot
-                                                                               : GemmKernel::kTokensInLanes;
+  if (!widened && rows > kMaxDotRows && rows <= kernels.most_fours_rows) return GemmKernel::kFours;
+  return rows <= (widened ? kMaxWidenedDotProductRows : kMaxDotRows) ? GemmKernel::kDot : GemmKernel::kTokensInLanes;
 }
 
 constexpr WeightLayout transposed(WeightLayout layout) {
@@ -115,15 +116,14 @@ class BlockGemm {
     }
     if (kernel_ == GemmKernel::kDot) return pack_dot_rows(rows);
     for (int64_t i = 0; i < m; ++i) {
-      if constexpr (std::is_same_v<Storage, Real>) {
-        real_rows_[i] = rows[i];
-      } else if (pairs_) {
+      if (direct()) {
         real_rows_[i] = reinterpret_cast<const Real*>(rows[i]);
       } else {
         kernels_.widen_row(rows[i], k, packed_ + i * k);
         real_rows_[i] = packed_ + i * k;
       }
     }
+    if (kernel_ == GemmKernel::kFours) kernels_.pack_fours(real_rows_, m, packed_depth(), packed_);
   }
 
   // c[i * ldc + columns.offset(run) + j]; ldc >= columns.width(). Columns of padding hold anything.
@@ -136,10 +136,13 @@ class BlockGemm {
         for (int64_t i = 0; i < m_; ++i) std::fill_n(out + i * ldc, columns.count, Real(0));
         continue;
       }
+      const Storage* after = run + 1 < columns.runs ? weight.data + columns.begin[run + 1] * k_ : next;
       switch (kernel_) {
         case GemmKernel::kDot:
-          multiply_dot(weight, columns.begin[run], columns.count, out, ldc,
-                       run + 1 < columns.runs ? weight.data + columns.begin[run + 1] * k_ : next);
+          multiply_dot(weight, columns.begin[run], columns.count, out, ldc, after);
+          break;
+        case GemmKernel::kFours:
+          multiply_fours(weight, columns.begin[run], columns.count, out, ldc, after);
           break;
         case GemmKernel::kTokensInLanes:
           multiply_tokens_in_lanes(weight, columns.begin[run], columns.count, out, ldc);
@@ -250,6 +253,28 @@ class BlockGemm {
     }
   }
 
+  // A few rows of the weight at a time against all rows, while the next few are fetched.
+  void multiply_fours(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc,
+                      const Storage* next) {
+    const int64_t k = packed_depth(), depth = kernels_.lanes / kRowsOfVector, steps = ceil_div(k, depth);
+    const int64_t vectors = ceil_div(m_, kRowsOfVector), columns = kernels_.tile_rows(vectors), size = sizeof(Real);
+    const int64_t blocks = ceil_div(steps * vectors * kernels_.lanes * size, kCachedBytes);
+    const auto multiply = pairs_ ? kernels_.dot_fours_pairs : kernels_.dot_fours;
+    const Real* rows = reinterpret_cast<const Real*>(weight.data + begin * k_);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = steps * b / blocks, block_steps = steps * (b + 1) / blocks - first;
+      const int64_t k0 = first * depth, block_k = std::min(block_steps * depth, k - k0);
+      for (int64_t j = 0; j < count; j += columns) {
+        const int64_t rest = count - j - columns;
+        const void* later = rest > 0 ? rows + (j + columns) * k + k0 : reinterpret_cast<const Real*>(next);
+        RowsAhead ahead(later, rest > 0 ? std::min(columns, rest) : columns, k * size, block_k * size, block_steps);
+        multiply(static_cast<int>(m_), static_cast<int>(std::min(columns, count - j)),
+                 packed_ + first * vectors * kernels_.lanes, rows + j * k + k0, k, block_k, c + j, ldc,
+                 b > 0 ? TileStore::kAdd : TileStore::kWrite, ahead.next(block_steps));
+      }
+    }
+  }
+
   // The rows fill width_ lanes, shared among the panels as evenly as whole vectors allow, of which the last may be a
   // narrow one: 145 rows are 48 + 48 + 56 lanes, where three equal panels would compute 192 rows.
   int64_t panel_begin(int64_t panel) const {
@@ -266,6 +291,8 @@ class BlockGemm {
     }
   }
 
+  // Whether the numbers of rows and weight are multiplied as they lie.
+  bool direct() const { return std::is_same_v<Storage, Real> || pairs_; }
   int64_t packing() const { return pairs_ ? 2 : 1; }
   int64_t packed_depth() const { return k_ / packing(); }  // k in numbers or pairs
   auto outer() const { return pairs_ ? kernels_.outer_pairs : kernels_.outer; }
@@ -275,12 +302,11 @@ class BlockGemm {
   void multiply_tokens_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
     constexpr int64_t kLongRow = 8 << 10;
     const int64_t ld = width_, k = packed_depth(), stride = weight.k * static_cast<int64_t>(sizeof(Storage));
-    const bool direct = std::is_same_v<Storage, Real> || pairs_;
     const int64_t blocks = ceil_div(k * ld * static_cast<int64_t>(sizeof(Real)), kCachedBytes);
     const int64_t step = kernels_.tile_rows(ceil_div(ceil_div(width_, kernels_.lanes), panels_));
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = k * b / blocks, last = k * (b + 1) / blocks;
-      const int64_t depth = direct ? last - first : kDepth;
+      const int64_t depth = direct() ? last - first : kDepth;
       for (int64_t j = 0; j < count; j += step) {
         const Storage* row = weight.data + (begin + j) * weight.k;
         const int64_t later = stride > kLongRow ? 0 : std::clamp<int64_t>(count - j - step, 0, step);

@@ -121,6 +121,8 @@ std::string_view gemm_kernel_name(WeightLayout layout, int64_t rows, DType dtype
   switch (kernel) {
     case GemmKernel::kDot:
       return "dot";
+    case GemmKernel::kFours:
+      return "dot_fours";
     case GemmKernel::kTokensInLanes:
       return "tokens_in_lanes";
     case GemmKernel::kColumnsInLanes:

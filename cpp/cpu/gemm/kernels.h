@@ -17,6 +17,8 @@ inline constexpr int64_t kMaxTileVectors = 4;  // width of q in `outer`, in vect
 
 inline constexpr int64_t kMaxDotRows = 4;     // rows of a in `dot`
 inline constexpr int64_t kMaxStreamRows = 8;  // rows of a in `dot_stream`
+inline constexpr int64_t kMaxFoursRows = 24;  // rows of a in `dot_fours`
+inline constexpr int64_t kRowsOfVector = 4;   // that share a vector there
 
 // Which part of a dot product a call computes.
 struct DotPart {
@@ -51,7 +53,7 @@ struct Kernels {
   int accumulators;              // vectors of a tile that fit in registers: rows * vectors <= accumulators
   int tile_vectors;              // widest tile of `outer`, in vectors
   int dot_columns[kMaxDotRows];  // how many columns a tile of `dot` with 1, 2, .. rows has
-  int most_dot_rows;             // more rows than these are better served by packed panels, although those waste lanes
+  int most_fours_rows;           // of `dot_fours`; of more, the panels of `outer` waste few lanes; 0: there is none
   int dot_step;                  // `arrange_for_dot` pads to a multiple of this
   int dot_packing;               // elements that `arrange_for_dot` puts into the room of a Real: 1, or a pair
 
@@ -84,6 +86,16 @@ struct Kernels {
   // and no other sums are kept. `next` is what will be read after the last column, or anything: it is only fetched.
   void (*dot_stream)(int rows, int64_t columns, const Real* const* a, const Storage* w, int64_t stride, int64_t k,
                      const Storage* next, Real* c, int64_t ldc, TileStore how);
+  // c[i, j] (+)= <a[i], w + j * stride> for i < rows <= most_fours_rows and j < columns <= tile_rows(ceil(rows /
+  // kRowsOfVector)), over k numbers; w is read where it lies, q is what pack_fours makes of a.
+  void (*dot_fours)(int rows, int columns, const Real* q, const Real* w, int64_t stride, int64_t k, Real* c,
+                    int64_t ldc, TileStore how, Fetch fetch);
+  // The same of pairs of BFloat16, as outer_pairs is to outer.
+  void (*dot_fours_pairs)(int rows, int columns, const Real* q, const Real* w, int64_t stride, int64_t k, Real* c,
+                          int64_t ldc, TileStore how, Fetch fetch) = nullptr;
+  // [ceil(k / depth)][ceil(m / kRowsOfVector)] vectors, of `depth` = lanes / kRowsOfVector numbers, or pairs, of each
+  // row; what pads m and k is zero.
+  void (*pack_fours)(const Real* const* rows, int64_t m, int64_t k, Real* q);
   // Widens a row of n elements into the order in which `dot` multiplies it, padded with zeros to a multiple of
   // dot_step.
   void (*arrange_for_dot)(const Storage* src, int64_t n, Real* dst);

@@ -3,6 +3,7 @@
 
 #include "gemm/activate.h"
 #include "gemm/dot.h"
+#include "gemm/dot_fours.h"
 #include "gemm/dot_stream.h"
 #include "gemm/kernels.h"
 #include "gemm/outer.h"
@@ -21,14 +22,15 @@ const Kernels<Storage>& table() {
       .tile_vectors = MOE_TILE_VECTORS,
       .dot_columns = {kDotColumns<Storage, 1>, kDotColumns<Storage, 2>, kDotColumns<Storage, 3>,
                       kDotColumns<Storage, 4>},
-      // benchmarks/bench_grouped_gemm.py shows both sides. Short of registers, a tile of `dot` loads more for a
-      // product.
-      .most_dot_rows = MOE_ACCUMULATORS >= 24 ? 12 : 6,
+      // benchmarks/bench_grouped_gemm.py shows both sides.
+      .most_fours_rows = kMostFoursRows<Real>,
       .dot_step = kDotStep<Storage>,
       .dot_packing = kDotPacking<Storage>,
       .outer = outer<Real, false>,
       .dot = dot<Storage>,
       .dot_stream = dot_stream<Storage>,
+      .dot_fours = dot_fours<Real, false>,
+      .pack_fours = pack_fours<Real>,
       .arrange_for_dot = arrange_for_dot<Storage>,
       .pack_transposed = pack_transposed<Storage>,
       .pack_reals_transposed = pack_transposed<Real>,
