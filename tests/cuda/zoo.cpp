@@ -229,6 +229,35 @@ __global__ void cluster_neighbour_not_ready(float*) {
   ptx::cluster_sync();
 }
 
+// ---- beside the kernel before
+__global__ void early_load(float* g) {
+  const float x = g[thread()];
+  ptx::grid_dependency_wait();
+  g[thread()] = x;
+}
+__global__ void early_atomic(float* g) {
+  if (thread() == 0) atomicAdd(g, 1.0f);
+  ptx::grid_dependency_wait();
+}
+__global__ void early_cp_async(float* g) {
+  SMEM_DYN(float, s);
+  if (thread() == 0) ptx::cp_async16(ptx::smem_u32(s), g);
+  ptx::cp_async_commit();
+  ptx::grid_dependency_wait();
+  ptx::cp_async_wait<0>();
+}
+__global__ void early_bulk_load(float* g) {
+  SMEM_DYN(float, s);
+  if (thread() > 0) return;
+  const uint32_t bar = ptx::smem_u32(s + 64);
+  ptx::mbar_init(bar, 1);
+  ptx::fence_mbar_init();
+  ptx::mbar_arrive_expect_tx(bar, 16);
+  ptx::bulk_load(ptx::smem_u32(s), g, 16, bar);
+  ptx::grid_dependency_wait();
+  ptx::mbar_wait(bar, 0);
+}
+
 }  // namespace
 
 TEST(wrong_memory) {
@@ -290,6 +319,14 @@ TEST(wrong_blocks) {
   expect("cluster neighbour not ready", cluster_neighbour_not_ready, always("is not initialised"),
          {.blocks = 2, .cluster = 2});
   expect("too much shared memory", shared_uninitialised, always("without cudaFuncSetAttribute"), {.smem = 49 * 1024});
+}
+
+TEST(wrong_starts) {
+  const Words words = only_race("before grid_dependency_wait()");
+  expect("load", early_load, words, {.overlaps = true});
+  expect("atomic", early_atomic, words, {.overlaps = true});
+  expect("cp.async", early_cp_async, words, {.overlaps = true});
+  expect("bulk load", early_bulk_load, words, {.overlaps = true});
 }
 
 }  // namespace moe::test::zoo

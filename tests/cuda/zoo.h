@@ -68,12 +68,18 @@ struct Shape {
   unsigned blocks = 1, threads = 64;
   size_t smem = 4 * kFloats;
   unsigned cluster = 1;
+  bool overlaps = false;  // a kernel that writes the buffer, which is on its way when this one starts
 };
+
+inline __global__ void write_buffer(float* g) { g[thread()] = 1; }
 
 inline Report launch(void (*kernel)(float*), const Shape& shape) {
   DeviceArray<float> g(kFloats);
   return report_of([&] {
-    LAUNCH_EX(kernel, (cuda::ptx::Launch{shape.blocks, shape.threads, shape.smem, nullptr, shape.cluster}), g.data());
+    if (shape.overlaps) LAUNCH(write_buffer, 1, kFloats, 0, nullptr, g.data());
+    LAUNCH_EX(kernel,
+              (cuda::ptx::Launch{shape.blocks, shape.threads, shape.smem, nullptr, shape.cluster, shape.overlaps}),
+              g.data());
   });
 }
 

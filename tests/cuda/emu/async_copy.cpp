@@ -18,6 +18,7 @@ void cp_async(uint32_t dst, const void* src, uint32_t bytes, uint32_t src_bytes,
   if (src_bytes && reinterpret_cast<uintptr_t>(src) % bytes)
     fail(where, "cp.async: global address %p is not aligned to %u", src, bytes);
   race_issue_write(current->block, dst, bytes, false, "cp.async", where);
+  race_global_read(src, src_bytes, where);
   memset(d, 0xff, bytes);
   const auto* s = static_cast<const volatile char*>(src);
   for (uint32_t i = 0; i < src_bytes; ++i) (void)s[i];  // an address sanitizer's report then names this line

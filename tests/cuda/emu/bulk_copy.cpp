@@ -71,6 +71,16 @@ void for_each_piece(const TensorMap& t, const std::array<int, 3>& at, uint32_t s
   });
 }
 
+// A box may hold rows that no one looks at, whose owners may write them meanwhile; but not those of another kernel.
+void check_box_is_not_early(const TensorMap& t, const std::array<int, 3>& at, const Where& where) {
+  if (!checks_races) return;
+  const int64_t first = int64_t{at[0]} * t.element_bytes, limit = static_cast<int64_t>(t.dim[0]) * t.element_bytes;
+  const int64_t begin = std::max<int64_t>(first, 0), end = std::min(first + t.box[0] * t.element_bytes, limit);
+  for_each_row(t, at, [&](uint32_t, const char* row) {
+    if (row != nullptr && end > begin) race_early(row + begin, static_cast<size_t>(end - begin), "reads", where);
+  });
+}
+
 }  // namespace
 
 // Moves bits of the row into the number of the 16-byte chunk; of the address, not of an offset.
@@ -92,6 +102,7 @@ void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t mbar, uint32_t bloc
   yield_point();
   const TensorMap t = decode(map, rank, dst, where);
   const uint32_t bytes = box_bytes(t);
+  check_box_is_not_early(t, at, where);
   Cluster* c = current->block->cluster;
   if (blocks == 0) blocks = 1u << current->block->rank;
   if (blocks >> c->blocks.size())
@@ -154,6 +165,7 @@ void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar, con
   race_probe_async(b, mbar, 8, "bulk load (its mbarrier)", where);
   char* d = smem_pointer(b, dst, bytes, 16, where);
   race_issue_write(b, dst, bytes, true, "bulk load", where);
+  race_global_read(src, bytes, where);
   memset(d, 0xff, bytes);
   issue({[=] {
            memcpy(d, src, bytes);

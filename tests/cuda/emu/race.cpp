@@ -145,7 +145,7 @@ void note_atomic(const void* p, size_t bytes) {
     check(b.get(), address, bytes, true, false, "atomic", hook_where(), true);
     return mark_write(b.get(), address, bytes, kAtomic, current->id(), now(current));
   }
-  note_global_atomic(p);
+  note_global_atomic(p, bytes, hook_where());
 }
 void race_issue_write(Block* b, uint32_t address, size_t bytes, bool async_proxy, const char* what,
                       const Where& where) {

@@ -59,6 +59,11 @@ Range find_range(const void* p, size_t bytes) {
 
 }  // namespace
 
+void race_early(const void* p, size_t bytes, const char* verb, const Where& where) {
+  const auto [r, begin, end] = find_range(p, bytes);
+  if (r != nullptr && !r->shadow.empty()) check_early(*r, begin, end, verb, where);
+}
+
 void race_global_read(const void* p, size_t bytes, const Where& where) {
   const auto [r, begin, end] = find_range(p, bytes);
   if (r == nullptr || r->shadow.empty()) return;
@@ -107,7 +112,8 @@ void note_fence() {
   current->fence = current->clock;
   ++current->clock.time;
 }
-void note_global_atomic(const void* p) {
+void note_global_atomic(const void* p, size_t bytes, const Where& where) {
+  race_early(p, bytes, "changes", where);
   if (const auto it = released.find(p); it != released.end())
     for (auto& [cluster, meeting] : it->second) current->unfenced.emplace_back(cluster, meeting.past());
   if (current->fence.past != nullptr) released[p][current->block->cluster->number].add(current->fence);

@@ -209,7 +209,8 @@ void join_lanes(Warp* warp, uint32_t lanes);
 void race_access(Block* owner, uint32_t address, size_t bytes, bool write, const char* what, const Where& where);
 void race_pointer(const void* p, size_t bytes, bool write, const Where& where);  // the hooks
 void race_global_write(const void* p, size_t bytes, const char* what, const Where& where);
-void note_global_atomic(const void* p);
+void note_global_atomic(const void* p, size_t bytes, const Where& where);
+void race_early(const void* p, size_t bytes, const char* verb, const Where& where);  // before grid_dependency_wait()
 void race_global_read(const void* p, size_t bytes, const Where& where);
 void race_issue_write(Block* owner, uint32_t address, size_t bytes, bool async_proxy, const char* what,
                       const Where& where);
