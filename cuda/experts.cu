@@ -4,9 +4,11 @@
 
 #include <utility>
 
+#include "experts_few.h"
 #include "grouped_gemm.cuh"
 #include "launch.cuh"
 #include "moe/combine.h"
+#include "moe/isa.h"
 
 #define MOE_RETURN_IF_ERROR(expression) \
   if (const Status status = (expression); status != Status::kOk) return status
@@ -172,8 +174,46 @@ Status backward(const ExpertsBackwardArgs& args, const CudaContext& cuda) {
   return bias_grad(args.grad_down_bias, args.grad_output, layer.by_token(), l.topk_weights, layer.hidden);
 }
 
+// Whether the kernels for few slots take a forward: by sizes and addresses, so that the choice needs nothing from the
+// device. They add in an order of their own, and keep nothing for a backward.
+bool takes_few_slots(const ExpertsArgs& args, int architecture) {
+  const ExpertsLayer& l = args.layer;
+  const int64_t slots = l.plan.num_tokens * l.plan.top_k;
+  uintptr_t alignment = 0;
+  for (const void* p : {l.hidden_states, l.gate_up_proj, l.down_proj, l.gate_up_bias, l.down_bias,
+                        static_cast<const void*>(args.output)}) {
+    alignment |= reinterpret_cast<uintptr_t>(p);
+  }
+  alignment |= static_cast<uintptr_t>((l.hidden_size | l.intermediate_size) * static_cast<int64_t>(size_of(l.dtype)));
+  return 1 <= slots && slots <= most_few_slots_cuda(architecture, l.dtype) && l.plan.num_experts <= kMostExperts &&
+         l.hidden_size > 0 && l.intermediate_size > 0 && alignment % 16 == 0 && !l.row_invariant &&
+         args.pre_activation == nullptr;
+}
+
 }  // namespace
 }  // namespace cuda
+
+int64_t most_few_slots_cuda(int architecture, DType dtype) {
+#if defined(MOE_CUDA_SM90) || defined(CUDA_ON_CPU)  // else they were not compiled
+  const bool half = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+  return architecture == 90 && half ? cuda::kMostFewSlots : 0;
+#else
+  static_cast<void>(architecture), static_cast<void>(dtype);
+  return 0;
+#endif
+}
+
+Status routed_experts_cuda(const RoutedExpertsArgs& args, const CudaContext& cuda) {
+#if defined(MOE_CUDA_SM90) || defined(CUDA_ON_CPU)
+  int architecture = 0;
+  MOE_RETURN_IF_ERROR(cuda::architecture(architecture, cuda));
+  if (cuda::takes_few_slots(args.experts, architecture)) {
+    return cuda::experts_sm90_few(args.experts, args.plan.topk_ids, cuda);
+  }
+#endif
+  MOE_RETURN_IF_ERROR(plan_cuda(args.plan, cuda));
+  return experts_cuda(args.experts, cuda);
+}
 
 Status experts_cuda(const ExpertsArgs& args, const CudaContext& cuda) { return cuda::forward(args, cuda); }
 

@@ -51,13 +51,9 @@ int64_t alignment_of(DType dtype, int64_t columns, int64_t other_columns, Pointe
 }
 
 Status choose(DType dtype, int64_t alignment, int64_t tile_rows, const CudaContext& cuda, const Rule*& rule) {
-  int major = 0, minor = 0;
-  for (const auto& [value, attribute] :
-       {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&minor, cudaDevAttrComputeCapabilityMinor}}) {
-    const Status status = device_attribute(*value, attribute, cuda);
-    if (status != Status::kOk) return status;
-  }
-  rule = find_rule(10 * major + minor, dtype, alignment, tile_rows, cuda.allow_tf32);
+  int architecture = 0;
+  if (const Status status = cuda::architecture(architecture, cuda); status != Status::kOk) return status;
+  rule = find_rule(architecture, dtype, alignment, tile_rows, cuda.allow_tf32);
   if (rule == nullptr) return unsupported("grouped_gemm", "needs a GPU of compute capability 8.0 or later", cuda);
   return Status::kOk;
 }

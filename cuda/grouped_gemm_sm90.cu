@@ -32,7 +32,7 @@ __device__ __forceinline__ void produce(Shared<Tile>& shared, const GemmMaps& ma
   if constexpr (Tile::kGathers) {
     RowCopier<T, kTileRows> copier(args.rows, args.k);
     while (walk.next(at)) {
-      copier.set_rows(args.gather, at.first_row, at.rows);
+      copier.set_rows([&](int r) { return source_row(args.gather, r); }, at.first_row, at.rows);
       for (int k = 0; k < args.k; k += kDepth) {
         filler.acquire();
         if (threadIdx.x == 0) {

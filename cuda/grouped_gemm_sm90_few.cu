@@ -1,7 +1,6 @@
 // The grouped GEMM of sm_90a for few rows per expert: persistent, memory-bound, every epilogue.
 #include "grouped_gemm_sm90_few.cuh"
 
-#include "grouped_gemm_sm90_maps.h"
 #include "grouped_gemm_sm90_split.cuh"
 #include "grouped_gemm_sm90_walk.cuh"
 
@@ -21,11 +20,7 @@ struct FewArgs {
   bool in_out, concat;
 };
 
-// A part of a tile. Parts of one tile are neighbours, and experts without rows have no tiles.
-struct PartAt : TileAt {
-  int part, first_step, steps;
-};
-
+// Parts of one tile are neighbours, and experts without rows have no tiles.
 template <typename T>
 class PartWalk {
  public:
@@ -50,49 +45,6 @@ class PartWalk {
 };
 
 template <typename T>
-__device__ __forceinline__ void produce(FewShared& shared, const CUtensorMap& weight, const FewArgs<T>& args) {
-  Filler<FewTile> filler(shared);
-  RowCopier<T, FewTile::kTokens> copier(args.rows, args.k);
-  PartWalk<T> walk(args);
-  PartAt at;
-  while (walk.next(at)) {
-    copier.set_rows(args.gather, at.first_row, at.rows);
-    const int tokens = padded_tokens(at.rows);
-    for (int step = at.first_step; step < at.first_step + at.steps; ++step) {
-      filler.acquire();
-      if (threadIdx.x == 0) {
-        filler.expect(FewTile::kColumnBytes);
-        load_weight(filler, weight, args, at, step * kDepth);
-      }
-      copier.copy(filler.rows(), int64_t{step} * kDepth, tokens);
-      filler.commit_copies();
-    }
-  }
-  filler.finish_copies();
-}
-
-template <typename T>
-__device__ __forceinline__ void consume(FewShared& shared, const FewArgs<T>& args) {
-  Ring<FewTile::kStages> ring;
-  PartWalk<T> walk(args);
-  PartAt at;
-  while (walk.next(at)) {
-    if (args.in_out)
-      multiply_tile<T, true>(shared, ring, at.rows, at.steps);
-    else
-      multiply_tile<T, false>(shared, ring, at.rows, at.steps);
-    if (!MOE_BUG(grouped_gemm_sm90_few, 7)) ptx::bar_sync(1, kGroupThreads);
-    const int tile = at.row_tile * args.column_tiles + at.column_tile;
-    if (args.split.parts == 1 || add_parts(shared, args.split, at.part, tile, at.first_row, at.rows,
-                                           int64_t{at.column_tile} * FewTile::kColumns)) {
-      finish_slab<T, FewTile::kColumns, kGroupThreads>(&args.epilogue, shared.slab, at.first_row, at.rows, at.expert,
-                                                       at.column_tile);
-    }
-    if (!MOE_BUG(grouped_gemm_sm90_few, 2)) ptx::bar_sync(1, kGroupThreads);
-  }
-}
-
-template <typename T>
 __global__ void __launch_bounds__(FewTile::kThreads, 1)
     few_rows_sm90_kernel(const __grid_constant__ CUtensorMap weight, const __grid_constant__ FewArgs<T> args) {
   SMEM_DYN(FewShared, shared);
@@ -104,10 +56,18 @@ __global__ void __launch_bounds__(FewTile::kThreads, 1)
   __syncthreads();
   after_previous_kernel();
   zero_unowned_rows(&args.epilogue, &args.schedule, args.num_rows, args.num_experts);
-  if (threadIdx.x < kGroupThreads)
-    produce(*shared, weight, args);
-  else
-    consume(*shared, args);
+  const PartWalk<T> walk(args);
+  if (threadIdx.x < kGroupThreads) {
+    return produce_parts<T>(*shared, weight, args, walk, [&](int r) { return source_row(args.gather, r); });
+  }
+  consume_parts<T>(*shared, args.in_out, walk, [&](const PartAt& at) {
+    const int tile = at.row_tile * args.column_tiles + at.column_tile;
+    if (args.split.parts == 1 || add_parts(*shared, args.split, at.part, tile, at.first_row, at.rows,
+                                           int64_t{at.column_tile} * FewTile::kColumns)) {
+      finish_slab<T, FewTile::kColumns, kGroupThreads>(&args.epilogue, shared->slab, at.first_row, at.rows, at.expert,
+                                                       at.column_tile);
+    }
+  });
 }
 
 template <typename T>
@@ -129,10 +89,8 @@ Status run_few(const GemmTask& task, const CudaContext& cuda) {
   };
   args.concat = args.epilogue.paired;
   args.column_tiles = static_cast<int>(args.epilogue.column_tiles(FewTile::kColumns));
-  const MapShape shape = args.in_out ? experts_shape(task.num_experts, task.k, task.n, kDepth)
-                                     : experts_shape(task.num_experts, task.n, task.k, FewTile::kColumns / 2);
   CUtensorMap weight{};
-  Status status = encode_map(&weight, static_cast<const T*>(task.weight), shape, cuda);
+  Status status = encode_weight<T>(&weight, task, cuda);
   const int64_t tiles = most_row_tiles(task.schedule, task.num_rows, task.num_experts) * args.column_tiles;
   int sms = 0;
   if (status == Status::kOk) status = device_attribute(sms, cudaDevAttrMultiProcessorCount, cuda);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "grouped_gemm_sm90_maps.h"
 #include "grouped_gemm_sm90_math.cuh"
 #include "grouped_gemm_sm90_producer.cuh"
 
@@ -90,6 +91,65 @@ __device__ __forceinline__ void multiply_tile(FewShared& shared, Ring<FewTile::k
     default:
       return with(std::integral_constant<int, 64>{});
   }
+}
+
+// A part of a tile: a run of the stages of the contracted width.
+struct PartAt : TileAt {
+  int part, first_step, steps;
+};
+
+// The weight's part of a stage, by thread 0.
+template <typename Args>
+__device__ __forceinline__ void load_columns(const Filler<FewTile>& filler, const CUtensorMap& weight, const Args& args,
+                                             const PartAt& at, int step) {
+  filler.expect(FewTile::kColumnBytes);
+  load_weight(filler, weight, args, at, step * kDepth);
+}
+
+// Fills the stages of all parts that `walk` leads to; source_of as in RowCopier. Of the first `ahead` stages the
+// weights are on their way already. By the producer warpgroup; of Args: rows, n, k, in_out, concat.
+template <typename T, typename Walk, typename Args, typename SourceOf>
+__device__ __forceinline__ void produce_parts(FewShared& shared, const CUtensorMap& weight, const Args& args, Walk walk,
+                                              const SourceOf& source_of, int ahead = 0) {
+  Filler<FewTile> filler(shared);
+  RowCopier<T, FewTile::kTokens> copier(args.rows, args.k);
+  PartAt at;
+  while (walk.next(at)) {
+    copier.set_rows(source_of, at.first_row, at.rows);
+    const int tokens = padded_tokens(at.rows);
+    for (int step = at.first_step; step < at.first_step + at.steps; ++step) {
+      filler.acquire();
+      if (threadIdx.x == 0 && --ahead < 0) load_columns(filler, weight, args, at, step);
+      copier.copy(filler.rows(), int64_t{step} * kDepth, tokens);
+      filler.commit_copies();
+    }
+  }
+  filler.finish_copies();
+}
+
+// Multiplies all parts that `walk` leads to; finish(at) has each in the slab. By the math warpgroup.
+template <typename T, typename Walk, typename Finish>
+__device__ __forceinline__ void consume_parts(FewShared& shared, bool in_out, Walk walk, const Finish& finish) {
+  Ring<FewTile::kStages> ring;
+  PartAt at;
+  while (walk.next(at)) {
+    if (in_out)
+      multiply_tile<T, true>(shared, ring, at.rows, at.steps);
+    else
+      multiply_tile<T, false>(shared, ring, at.rows, at.steps);
+    if (!MOE_BUG(grouped_gemm_sm90_few, 7)) ptx::bar_sync(1, kGroupThreads);
+    finish(at);
+    if (!MOE_BUG(grouped_gemm_sm90_few, 2)) ptx::bar_sync(1, kGroupThreads);
+  }
+}
+
+// The tensor map of a weight in the boxes that load_weight asks for.
+template <typename T>
+Status encode_weight(CUtensorMap* map, const GemmTask& task, const CudaContext& cuda) {
+  const MapShape shape = task.weight_layout == WeightLayout::kInOut
+                             ? experts_shape(task.num_experts, task.k, task.n, kDepth)
+                             : experts_shape(task.num_experts, task.n, task.k, FewTile::kColumns / 2);
+  return encode_map(map, static_cast<const T*>(task.weight), shape, cuda);
 }
 
 }  // namespace moe::cuda::sm90

@@ -136,12 +136,14 @@ class RowCopier {
  public:
   __device__ RowCopier(const T* source, int64_t width) : source_(source), width_(width) {}
 
-  // The tile has rows [first, first + rows); the others of kRows are zeros.
-  __device__ void set_rows(const Gather& gather, int first, int rows) {
+  // The tile has rows [first, first + rows), row r of them being source_of(r) or, for -1, zeros; the others of kRows
+  // are zeros.
+  template <typename SourceOf>
+  __device__ void set_rows(const SourceOf& source_of, int first, int rows) {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int r = row(i);
-      row_[i] = r < rows + (MOE_BUG(grouped_gemm_sm90, 15) ? 1 : 0) ? source_row(gather, first + r) : -1;
+      row_[i] = r < rows + (MOE_BUG(grouped_gemm_sm90, 15) ? 1 : 0) ? source_of(first + r) : -1;
     }
   }
 

@@ -6,6 +6,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <utility>
+
 #include "moe/cuda.h"
 #include "ptx/ptx.cuh"
 
@@ -49,6 +51,17 @@ inline Status device_attribute(int& value, cudaDeviceAttr attribute, const CudaC
   const cudaError_t error = cudaGetDevice(&device);
   return check(error == cudaSuccess ? cudaDeviceGetAttribute(&value, attribute, device) : error, "device attribute",
                cuda);
+}
+
+// 10 times the compute capability of the current device.
+inline Status architecture(int& value, const CudaContext& cuda) {
+  int major = 0, minor = 0;
+  for (const auto& [part, attribute] :
+       {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&minor, cudaDevAttrComputeCapabilityMinor}}) {
+    if (const Status status = device_attribute(*part, attribute, cuda); status != Status::kOk) return status;
+  }
+  value = 10 * major + minor;
+  return Status::kOk;
 }
 
 // Programmatic dependent launch: the blocks take over SMs as those of the kernel before leave them, and are set up when

@@ -14,7 +14,8 @@ NVCC = shutil.which("nvcc")
 # a copy of the accumulators (128 or 64 floats) in local memory. All kernels start with 65536 / 384 registers, and take
 # what they need of each other by setmaxnreg.
 MOST_REGISTERS = 168
-STACK = {"EpilogueE0": 0, "EpilogueE1": 512, "EpilogueE2": 272, "wgrad": 0, "few_rows": 96}
+STACK = {"EpilogueE0": 0, "EpilogueE1": 512, "EpilogueE2": 272, "wgrad": 0, "few_rows_sm90": 96}
+STACK |= {"few_rows_of_slots": 144}
 
 REPORT = re.compile(
     r"Function properties for (?P<name>\S+)\n\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "

@@ -278,6 +278,20 @@ def test_ids_in_place_of_a_plan_give_the_same_bits(name, dtype, bias, device):
         assert torch.equal(ops.experts(**inputs, plan=ids, **by_row), expected)
 
 
+@pytest.mark.parametrize("weight_layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_ids_in_place_of_a_plan_equal_the_reference(shape, dtype, weight_layout, device):
+    """Where they are few, a GPU has kernels for them that make no plan."""
+    ids = routing("zipf", shape.num_tokens, shape.num_experts, shape.top_k).to(device)
+    ids[::3, -1] = shape.num_experts  # slots of no expert
+    inputs = expert_inputs(shape, dtype, device, bias=True, weight_layout=weight_layout)
+    exact = {name: tensor.double() for name, tensor in inputs.items()}
+    expected = reference.experts(**exact, plan=ops.plan(ids, shape.num_experts), weight_layout=weight_layout)
+    output = ops.experts(**inputs, plan=ids, weight_layout=weight_layout)
+    assert_close(output, expected, *lengths(shape, bias=True)["output"], dtype=dtype)
+
+
 def test_ids_in_place_of_a_plan_are_differentiable(device):
     ids = routing("zipf", UNALIGNED.num_tokens, UNALIGNED.num_experts, UNALIGNED.top_k).to(device)
     inputs = expert_inputs(UNALIGNED, torch.float32, device, bias=True)

@@ -89,13 +89,15 @@ def test_names_each_gpu_with_its_kernels(monkeypatch):
     fake_gpus(monkeypatch, (7, 5), (9, 0))
     kernels = {("bfloat16", 512, 1024): "wide", ("bfloat16", 64, 1024): "few"}
     kernels |= {("float32", rows, n): "exact" for rows in (64, 512) for n in (1024, 1023)}
+    monkeypatch.setattr(_C, "cuda_few_slots", lambda arch, dtype: 256 if (arch, dtype) == (90, "bfloat16") else 0)
     monkeypatch.setattr(_C, "cuda_kernel", lambda arch, dtype, rows, n, k, tf32: kernels.get((dtype, rows, n), ""))
     lines = torch_moe.explain([1]).splitlines()
     old = lines.index("cuda:0: GPU 0, compute capability 7.5: too old, the kernels need 8.0 or newer; use the CPU")
     assert lines[old + 1] == "cuda:1: GPU 1, compute capability 9.0"
     assert lines[old + 2] == "  grouped_gemm, bfloat16: wide, up to 64 rows per expert: few, other widths: none"
     assert lines[old + 4] == "  grouped_gemm, float32: exact"
-    named = " ".join(lines[old + 2 : old + 7])
+    assert lines[old + 6] == "  experts given topk_ids, bfloat16: two kernels in all, no plan, up to 256 slots"
+    named = " ".join(lines[old + 2 : old + 8])
     schemas = {name.removeprefix("moe::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe::")}
     stages = {name for name in schemas if not re.search(r"_(backward|wgrad|bgrad)_?$|experts$|^ep_dispatch$", name)}
     assert all(re.search(rf"\b{stage}\b", named) for stage in stages)
@@ -115,3 +117,10 @@ def test_some_kernel_takes_every_gpu_since_ampere(architecture, rows, n):
     for dtype in ("float32", "float64", "bfloat16", "float16"):
         assert _C.cuda_kernel(architecture, dtype, rows, n, n)
     assert not _C.cuda_kernel(75, "float32", rows, n, n)
+
+
+@pytest.mark.skipif("90a" not in _C.build_info().get("cuda_architectures", ""), reason="not built for sm_90a")
+def test_few_slots_are_of_one_architecture_and_half_types():
+    types = ("bfloat16", "float16", "float32", "float64")
+    assert [_C.cuda_few_slots(90, dtype) for dtype in types] == [256, 256, 0, 0]
+    assert [_C.cuda_few_slots(80, dtype) for dtype in types] == [0, 0, 0, 0]

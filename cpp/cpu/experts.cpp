@@ -40,4 +40,9 @@ Status experts_cpu(const ExpertsArgs& args, const ThreadPool& pool) {
   return ok ? Status::kOk : Status::kOutOfMemory;
 }
 
+Status routed_experts_cpu(const RoutedExpertsArgs& args, const ThreadPool& pool) {
+  const Status status = plan_cpu(args.plan, pool);
+  return status == Status::kOk ? experts_cpu(args.experts, pool) : status;
+}
+
 }  // namespace moe

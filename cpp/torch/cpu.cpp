@@ -21,6 +21,7 @@ struct Cpu {
   static Status run(const CombineArgs& args) { return combine_cpu(args, kTorchPool); }
   static Status run(const CombineBackwardArgs& args) { return combine_backward_cpu(args, kTorchPool); }
   static Status run(const ExpertsArgs& args) { return experts_cpu(args, kTorchPool); }
+  static Status run(const RoutedExpertsArgs& args) { return routed_experts_cpu(args, kTorchPool); }
   static Status run(const ExpertsBackwardArgs& args) { return experts_backward_cpu(args, kTorchPool); }
   static Status run(const EpPlanArgs& args) { return ep_plan_cpu(args, kTorchPool); }
   static Status run(const EpPackArgs& args) { return ep_pack_cpu(args, kTorchPool); }

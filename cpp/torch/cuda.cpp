@@ -66,6 +66,7 @@ class Cuda {
   Status run(const CombineArgs& args) { return queue(combine_cuda, args); }
   Status run(const CombineBackwardArgs& args) { return queue(combine_backward_cuda, args); }
   Status run(const ExpertsArgs& args) { return queue(experts_cuda, args, args.layer.dtype); }
+  Status run(const RoutedExpertsArgs& args) { return queue(routed_experts_cuda, args, args.experts.layer.dtype); }
   Status run(const ExpertsBackwardArgs& args) { return queue(experts_backward_cuda, args, args.layer.dtype); }
   Status run(const EpPlanArgs& args) { return queue(ep_plan_cuda, args); }
   Status run(const EpPackArgs& args) { return queue(ep_pack_cuda, args); }

@@ -117,6 +117,19 @@ PYBIND11_MODULE(_C, m) {
       "The GEMM kernel of a GPU (90 is compute capability 9.0) for these widths and rows per expert; empty when there "
       "is none.");
   m.def(
+      "cuda_few_slots",
+      [](int architecture, const std::string& dtype) -> int64_t {
+#ifdef MOE_CUDA_VERSION
+        return moe::most_few_slots_cuda(architecture, parse_dtype(dtype));
+#else
+        parse_dtype(dtype);
+        static_cast<void>(architecture);
+        return 0;
+#endif
+      },
+      py::arg("architecture"), py::arg("dtype"),
+      "Of how many slots at most a GPU computes routed_experts in two kernels; 0 when it never does.");
+  m.def(
       "fma_rate",
       [](bool fp64, double seconds) {
         return moe::fma_rate_cpu(fp64 ? moe::DType::kFloat64 : moe::DType::kFloat32, seconds, moe::kTorchPool) / 1e9;

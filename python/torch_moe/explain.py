@@ -98,4 +98,7 @@ def _cuda_kernel_lines(architecture: int) -> list[str]:
         other = "" if many == odd else f", other widths: {odd or 'none'}"
         tf32 = ", tf32 allowed" if allow_tf32 and dtype == "float32" else ""
         lines.append(f"  grouped_gemm, {dtype}{tf32}: {many or 'none'}{rows}{other}")
+    for dtype in ("bfloat16", "float16"):
+        if slots := _C.cuda_few_slots(architecture, dtype):
+            lines.append(f"  experts given topk_ids, {dtype}: two kernels in all, no plan, up to {slots} slots")
     return [*lines, f"  {', '.join(_ONE_KERNEL)}: one kernel each for every dtype"]

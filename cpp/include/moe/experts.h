@@ -41,6 +41,13 @@ struct ExpertsArgs {
   ExpertsLayer layer;
 };
 
+// plan, and experts by it. On a GPU few slots are computed by kernels that make the plan for themselves: its arrays are
+// then left as they are.
+struct RoutedExpertsArgs {
+  PlanArgs plan;
+  ExpertsArgs experts;  // with the plan that `plan` writes
+};
+
 // A gradient pointer that is null is not computed.
 struct ExpertsBackwardArgs {
   void* grad_hidden_states;    // [T, H] dtype
@@ -57,6 +64,8 @@ struct ExpertsBackwardArgs {
 
 Status experts_cpu(const ExpertsArgs& args, const ThreadPool& pool);
 Status experts_cuda(const ExpertsArgs& args, const CudaContext& cuda);
+Status routed_experts_cpu(const RoutedExpertsArgs& args, const ThreadPool& pool);
+Status routed_experts_cuda(const RoutedExpertsArgs& args, const CudaContext& cuda);
 Status experts_backward_cpu(const ExpertsBackwardArgs& args, const ThreadPool& pool);
 Status experts_backward_cuda(const ExpertsBackwardArgs& args, const CudaContext& cuda);
 

@@ -24,4 +24,8 @@ std::string_view gemm_kernel_name(WeightLayout layout, int64_t rows, DType dtype
 std::string_view gemm_kernel_name_cuda(int architecture, DType dtype, int64_t rows_per_expert, int64_t n, int64_t k,
                                        bool allow_tf32);
 
+// Of how many slots (T * K) at most routed_experts makes no plan and takes two kernels on such a GPU, where rows start
+// on 16 bytes; 0: of none.
+int64_t most_few_slots_cuda(int architecture, DType dtype);
+
 }  // namespace moe

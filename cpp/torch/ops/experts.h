@@ -121,8 +121,9 @@ Tensor routed_experts(const Tensor& hidden_states, const Tensor& gate_up_proj, c
                                parse_weight_layout(op, weight_layout), row_invariant, hidden_states, gate_up_proj,
                                down_proj, topk_weights, gate_up_bias, down_bias);
   Tensor output = op.empty({tensors.plan.num_tokens, tensors.hidden_size}, tensors.type());
-  plan.run<Device>(op);  // after all checks
-  op.run<Device>(ExpertsArgs{.output = output.mutable_data_ptr(), .pre_activation = nullptr, .layer = tensors.layer()});
+  op.run<Device>(RoutedExpertsArgs{
+      .plan = plan.args(),
+      .experts = {.output = output.mutable_data_ptr(), .pre_activation = nullptr, .layer = tensors.layer()}});
   return output;
 }
 

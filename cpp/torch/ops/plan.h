@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& topk_ids, int64_t num_expe
   return {expert_offsets, row_to_slot, slot_to_row};
 }
 
-// A plan that the caller does not see, in one tensor; yet to be made, by run().
+// A plan that the caller does not see, in one tensor; yet to be made, with args().
 class InnerPlan {
  public:
   InnerPlan(const Op& op, const Tensor& topk_ids, int64_t num_experts)
@@ -48,16 +48,15 @@ class InnerPlan {
         num_experts_(num_experts),
         memory_(op.empty({num_experts + 1 + 2 * num_slots()}, ScalarType::Int)) {}
 
-  template <typename Device>
-  void run(const Op& op) const {
-    op.run<Device>(PlanArgs{.expert_offsets = offsets(),
-                            .row_to_slot = rows(),
-                            .slot_to_row = rows() + num_slots(),
-                            .topk_ids = ids_.data<int32_t>(),
-                            .num_tokens = ids_.size(0),
-                            .num_experts = num_experts_,
-                            .top_k = ids_.size(1),
-                            .capacity = -1});
+  PlanArgs args() const {
+    return {.expert_offsets = offsets(),
+            .row_to_slot = rows(),
+            .slot_to_row = rows() + num_slots(),
+            .topk_ids = ids_.data<int32_t>(),
+            .num_tokens = ids_.size(0),
+            .num_experts = num_experts_,
+            .top_k = ids_.size(1),
+            .capacity = -1};
   }
 
   PlanView view() const {
