@@ -68,3 +68,19 @@ def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(restore_threads: None) -> None:
+    """For tensors that are too small for more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def enabled_engine(one_thread: None) -> Iterator[None]:
+    """For tiny models of transformers that run on torch-moe."""
+    from torch_moe.integrations import transformers as engine
+
+    engine.enable()
+    yield
+    engine.disable()

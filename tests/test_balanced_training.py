@@ -62,9 +62,7 @@ class Run:
         return {name: value.item() for name, value in self.stats.metrics().items()}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(restore_threads):
-    torch.set_num_threads(1)  # the tensors are too small for more
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

@@ -25,9 +25,8 @@ from torch_moe.testing.timing import Timing
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, restore_threads):
+def small(monkeypatch, one_thread):
     """Every case with its options but small sizes, one thread, and a floor that is read in no time."""
-    torch.set_num_threads(1)
     for name, case in list(CASES.items()):
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_experts": max(8, case.shape.top_k)}
         monkeypatch.setitem(CASES, name, replace(case, shape=replace(case.shape, **sizes)))

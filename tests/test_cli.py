@@ -18,9 +18,8 @@ PUBLISHED = tuple(SHAPES)
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, restore_threads):
+def small(monkeypatch, one_thread):
     """Every published layer with its options but small sizes, one thread, and a floor that is read in no time."""
-    torch.set_num_threads(1)
     for name, shape in list(SHAPES.items()):
         experts = 16 if shape.num_experts > 16 else 8
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_experts": experts, "num_tokens": 200}

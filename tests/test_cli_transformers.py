@@ -17,8 +17,7 @@ needs_transformers = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, restore_threads):
-    torch.set_num_threads(1)
+def small(monkeypatch, one_thread):
     for name in ("seed", "gpt-oss"):
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_experts": 4, "top_k": 2, "num_tokens": 96}
         monkeypatch.setitem(SHAPES, name, replace(SHAPES[name], **sizes))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch_moe.distributed import Placement, agree_on_survivors, placement_of, solve_placement, without_ranks
+from torch_moe.distributed import Placement, agree_on_survivors, guard, placement_of, solve_placement, without_ranks
 
 FOLDER = Path(__file__).parent / "distributed"
 
@@ -66,3 +66,8 @@ def test_placements_without_ranks(num_experts, ep_size, data):
 def test_losing_every_rank_is_refused():
     with pytest.raises(ValueError, match=r"lost must leave some of 2 ranks, got \[0, 1\]"):
         without_ranks(Placement.identity(4, 2), [0, 1], 2)
+
+
+def test_outside_of_any_group_an_error_stays_what_it_is():
+    with pytest.raises(RuntimeError, match=r"^of the user$"), guard(timeout=0.01):
+        raise RuntimeError("of the user")

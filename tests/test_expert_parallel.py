@@ -1,9 +1,12 @@
 """Expert parallelism: real processes over gloo, and one process for what needs no second."""
 
+import re
+
 import pytest
 import torch
 from helpers import randn
 from ranks import needs_distributed, run_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 import torch_moe
@@ -76,3 +79,44 @@ def test_a_checkpointed_layer_gives_the_same_gradient(group):
     expected = torch.autograd.grad(parallel(x).square().sum(), x)[0]
     output = torch.utils.checkpoint.checkpoint(parallel, x, use_reentrant=False)
     assert torch.equal(torch.autograd.grad(output.square().sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "problem"),
+    [
+        ({"weight_position": "input"}, {}, "weight_position must be 'output', got 'input'"),
+        ({"limit": 1.0, "limit_position": "after"}, {}, "limit_position must be 'before', got 'after'"),
+        ({"dropout": 0.5}, {}, "dropout must be 0, got 0.5"),
+        ({"expert_dropout": 0.5}, {}, "expert_dropout must be 0, got 0.5"),
+        ({"accumulate": True}, {}, "accumulate must be False: gradients of a DTensor go through autograd"),
+        (
+            {"selection": "expert_choice", "causal": False, "renormalize": False},
+            {},
+            "selection must not be 'expert_choice'",
+        ),
+        ({}, {"num_chunks": 0}, "num_chunks must be at least 1, got 0"),
+        ({}, {"wire": "fp4"}, "wire must be in ('input', 'fp8', 'int8'), got 'fp4'"),
+        ({}, {"capacity": 0}, "capacity must be at least 1 or None, got 0"),
+        ({}, {"placement": Placement.identity(5, 1)}, "placement must have num_experts = 4 rows, got 5"),
+        ({}, {"placement": Placement.identity(4, 2)}, "physical experts below ep_size * num_local_experts = 2, got 3"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_spread_is_refused(group, layer, options, problem):
+    with pytest.raises(ValueError, match=rf"^ExpertParallel: rank 0: .*{re.escape(problem)}"):
+        ExpertParallel(torch_moe.MoE(8, 8, 4, 2, **layer), group, **options)
+
+
+def test_shape_inference_names_a_wrong_rank():
+    """Compiled code meets the fake before the operator."""
+    tokens, weights, ids = torch.zeros(8), torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int32)
+    plan = torch_moe.ops.ep_plan(ids, 4, 1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(RuntimeError, match=r"ep_dispatch: hidden_states must have 2 dimensions, got shape \[8\]"):
+            torch.ops.moe.ep_dispatch(tokens, weights, *plan, "0")
+        maps = (plan.rank_offsets, plan.row_to_slot, plan.slot_to_row, plan.physical_ids, plan.counts, [])
+        projections = (torch.zeros(4, 16, 8), torch.zeros(4, 8, 8))
+        options = {"activation": "swiglu", "gate_layout": "concat", "weight_layout": "out_in", "alpha": 1.0}
+        options |= {"limit": None, "up_offset": 0.0, "group_name": "0", "num_local_experts": 4}
+        with pytest.raises(RuntimeError, match=r"ep_experts: hidden_states must have 2 dimensions, got shape \[8\]"):
+            torch.ops.moe.ep_experts(tokens, *projections, weights, *maps, **options)

@@ -309,8 +309,7 @@ def outputs_of(family, block, ours, x, ids, state):
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_the_same_layer(family, restore_threads):
-    torch.set_num_threads(1)  # the models are tiny
+def test_the_same_layer(family, one_thread):
     options, router, experts, shared, layer = CASES[family]
     blocks = blocks_of(family, options)
     assert blocks

@@ -20,13 +20,7 @@ from torch_moe.integrations import transformers as engine
 from torch_moe.integrations.transformers.layers import find_layers
 from torch_moe.integrations.transformers.router import BIAS_NAMES, Rule
 
-
-@pytest.fixture(autouse=True)
-def _enabled(restore_threads):
-    torch.set_num_threads(1)  # the models are tiny
-    engine.enable()
-    yield
-    engine.disable()
+pytestmark = pytest.mark.usefixtures("enabled_engine")
 
 
 def biases_of(model):
@@ -196,5 +190,8 @@ def test_bad_calls():
         engine.attach_balancer(tiny_model(DeepseekV3ForCausalLM), method="quantile")
     with pytest.raises(ValueError, match="needs logits"):
         engine.attach_balancer(tiny_model(InklingForCausalLM), method="quantile")
+    larger = tiny_model(MixtralForCausalLM, num_experts=6, num_local_experts=6)
+    with pytest.raises(ValueError, match=r"all layers must have as many experts, got \[4, 6\]"):
+        engine.attach_balancer(torch.nn.ModuleList([tiny_model(MixtralForCausalLM), larger]))
     with pytest.raises(ValueError, match="no MoE layer"):
         engine.attach_stats(torch.nn.Linear(2, 2))

@@ -21,11 +21,7 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _enabled():
-    engine.enable()
-    yield
-    engine.disable()
+pytestmark = pytest.mark.usefixtures("enabled_engine")
 
 
 def check(module, hidden, ids, weights):

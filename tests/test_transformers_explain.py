@@ -13,12 +13,7 @@ from transformers_models import tiny_model
 import torch_moe
 from torch_moe.integrations import transformers as engine
 
-
-@pytest.fixture(autouse=True)
-def _enabled():
-    engine.enable()
-    yield
-    engine.disable()
+pytestmark = pytest.mark.usefixtures("enabled_engine")
 
 
 def test_fused_and_not():

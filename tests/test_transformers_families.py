@@ -15,7 +15,6 @@ pytest.importorskip("transformers", reason="transformers is not installed (pip i
 from helpers import randn
 from transformers_models import find_decorated, model_class, tiny_inputs, tiny_model
 
-from torch_moe.integrations import transformers as engine
 from torch_moe.integrations.transformers import gate
 from torch_moe.testing import assert_close, tolerance
 
@@ -36,12 +35,7 @@ GATES = {
 FP32 = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def _enabled(restore_threads):
-    torch.set_num_threads(1)  # the models are tiny
-    engine.enable()
-    yield
-    engine.disable()
+pytestmark = pytest.mark.usefixtures("enabled_engine")
 
 
 def experts_modules(model, name):

@@ -12,15 +12,9 @@ from test_transformers_experts import check, strange_gate
 from transformers.activations import ACT2FN
 from transformers_experts import make_experts, make_inputs
 
-from torch_moe.integrations import transformers as engine
 from torch_moe.integrations.transformers.gate import Gate, gate_of, probe
 
-
-@pytest.fixture(autouse=True)
-def _enabled():
-    engine.enable()
-    yield
-    engine.disable()
+pytestmark = pytest.mark.usefixtures("enabled_engine")
 
 
 def clamped(self, gate_up):

@@ -17,13 +17,12 @@ DECORATED = [MixtralForCausalLM, Qwen3Moe, DeepseekV3ForCausalLM, GptOssForCausa
 BOUND = 1e-4  # of whole models in fp32, relative to the largest entry
 
 
+pytestmark = pytest.mark.usefixtures("enabled_engine")
+
+
 @pytest.fixture(autouse=True)
-def _enabled(restore_threads):
-    torch.set_num_threads(1)  # the models are tiny
+def _fresh_compiler():
     torch.compiler.reset()
-    engine.enable()
-    yield
-    engine.disable()
 
 
 def engine_model(cls, implementation="torch_moe", **options):

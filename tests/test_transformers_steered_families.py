@@ -62,12 +62,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _enabled(restore_threads):
-    torch.set_num_threads(1)  # the models are tiny
-    engine.enable()
-    yield
-    engine.disable()
+pytestmark = pytest.mark.usefixtures("enabled_engine")
 
 
 def tiny(case, dtype=torch.float32, swapped=False):

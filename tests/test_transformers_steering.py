@@ -28,12 +28,7 @@ FIVE = (MixtralForCausalLM, Qwen3Moe, OlmoeForCausalLM, GptOssForCausalLM, Grani
 EIGHT = {"num_experts": 8, "num_local_experts": 8}
 
 
-@pytest.fixture(autouse=True)
-def _enabled(restore_threads):
-    torch.set_num_threads(1)  # the models are tiny
-    engine.enable()
-    yield
-    engine.disable()
+pytestmark = pytest.mark.usefixtures("enabled_engine")
 
 
 def tiny(cls):
@@ -255,5 +250,7 @@ def test_what_has_no_rule_is_refused_with_the_reason():
     assert "in training" in find_rule(Strange(torch.sigmoid, lambda z: drop(z.sigmoid(), 0.2)), 8, None)
     assert "does not return" in find_rule(linear, 8, None)
     assert torch.equal(before, torch.random.get_rng_state())
+    several = torch.nn.Bilinear(32, 32, 8)
+    assert "ValueError: it needs input1, input2" in find_rule(several, 8, None)
     hidden = Strange(torch.sigmoid).to("meta")
     assert "NotImplementedError" in find_rule(hidden, 8, None)

@@ -1,6 +1,7 @@
 """The change of class for the experts that transformers' interface does not serve: equal to stock, and undone."""
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -38,9 +39,7 @@ CLASSES = [
 BOUND = 1e-4  # of whole models in fp32, relative to the largest entry
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(restore_threads):
-    torch.set_num_threads(1)  # the models are tiny
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs_of(model, num_tokens=7, seed=0):
@@ -114,6 +113,10 @@ def test_copies_and_pickles():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(**inputs)[0], expected)
         assert engine.unswap(other)
+    with pytest.raises(
+        AttributeError, match=r"'torch_moe\.integrations\.transformers\.swap' has no attribute 'Missing'"
+    ):
+        importlib.import_module("torch_moe.integrations.transformers.swap").Missing  # noqa: B018
 
 
 def test_llama4_computes_the_chosen_experts_only(monkeypatch):
