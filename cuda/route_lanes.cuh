@@ -11,6 +11,7 @@
 // not suffice, or with values that are not finite among the chosen, is routed again by the whole warp (route_warp.cuh).
 #pragma once
 
+#include "route_approx.cuh"
 #include "route_sort.cuh"
 #include "route_warp.cuh"
 
@@ -38,7 +39,6 @@ class LaneRouter {
   static constexpr int kLanes = Shape::kLanes, kUnits = Shape::kUnits, kUnit = Shape::kUnit, kBest = Shape::kBest;
   static constexpr int kPer = Shape::kPer, kSeen = Shape::kDirect ? kUnits : kPer;
   static constexpr float kLeastLogit = -80;
-  static constexpr float kLog2E = 1.44269504088896340736f;
   static constexpr uint32_t kLastUnit = kUnits * kLanes - 1, kLastId = Shape::kExperts - 1;
 
  public:
@@ -80,8 +80,10 @@ class LaneRouter {
       in_range_ = fabsf(largest_ * kLog2E) < INFINITY;
     }
     if (!by_logits()) {
+      with_score([&](const auto& score_of) {
 #pragma unroll
-      for (int v = 0; v < kUnits; ++v) to_choice(v * kLanes + lane_, c[v]);
+        for (int v = 0; v < kUnits; ++v) to_choice(score_of, v * kLanes + lane_, c[v]);
+      });
       find_maxima(c, maxima, [](float a, float b) { return ptx::max_or_nan(a, b); });
     }
     if constexpr (!Shape::kDirect && !Shape::kPlain) {
@@ -174,42 +176,33 @@ class LaneRouter {
     for (int i = 0; i < kUnit; ++i) z[i] = kNone<float>;
   }
 
-  // What is chosen by, from a logit. Written so that no compiler rounds it differently in two places.
-  __device__ __forceinline__ float choice(float z, float bias) const {
-    if (task_.by_score()) {
-      switch (task_.rule.score_function) {
-        case ScoreFunction::kSoftmax:
-          z = __fmul_rn(exponent(z), scale_);
-          break;
-        case ScoreFunction::kSigmoid:
-          z = ptx::reciprocal_approx(__fadd_rn(1, ptx::exp2_approx(__fmul_rn(z, -kLog2E))));
-          break;
-        case ScoreFunction::kSqrtSoftplus:
-          z = ptx::sqrt_approx(softplus(z));
-      }
+  // Calls fn(score_of), which makes of a logit what is chosen by, but for the bias. Around loops, so that they do not
+  // ask for each expert which score it is.
+  template <typename Fn>
+  __device__ __forceinline__ void with_score(const Fn& fn) const {
+    if (!task_.by_score()) return fn([](float z) { return z; });
+    switch (task_.rule.score_function) {
+      case ScoreFunction::kSoftmax:
+        return fn([&](float z) { return __fmul_rn(exponent(z), scale_); });
+      case ScoreFunction::kSigmoid:
+        return fn([](float z) { return sigmoid_approx(z); });
+      case ScoreFunction::kSqrtSoftplus:
+        return fn([](float z) { return sqrt_softplus_approx(z); });
     }
-    return task_.bias ? __fadd_rn(z, bias) : z;
   }
-  // max(z, 0) + log1p(t), t = exp(-|z|). log1p(t) / t has no zero, so a polynomial of it keeps t's relative precision.
-  static __device__ __forceinline__ float softplus(float z) {
-    constexpr float kFactors[] = {0.00523262424f, -0.0295049567f, 0.0782254934f, -0.13663207f, 0.191059887f,
-                                  -0.248429775f,  0.333190948f,   -0.499994934f, 0.99999994f};
-    const float t = ptx::exp2_approx(__fmul_rn(fabsf(z), -kLog2E));
-    float quotient = kFactors[0];
-#pragma unroll
-    for (int i = 1; i < static_cast<int>(sizeof(kFactors) / sizeof(float)); ++i) {
-      quotient = __fmaf_rn(quotient, t, kFactors[i]);
-    }
-    return __fmaf_rn(quotient, t, z < 0 ? 0 : z);
+  __device__ __forceinline__ float with_bias(float score, float bias) const {
+    return task_.bias ? __fadd_rn(score, bias) : score;
   }
-  __device__ __forceinline__ void to_choice(int unit, float (&z)[kUnit]) const {
+  template <typename ScoreOf>
+  __device__ __forceinline__ void to_choice(const ScoreOf& score_of, int unit, float (&z)[kUnit]) const {
     if (!exists(unit)) return;
 #pragma unroll
     for (int i = 0; i < kUnit; i += 4) {
       float4 bias = {};
       if (task_.bias) bias = __ldg(reinterpret_cast<const float4*>(task_.bias + unit * kUnit + i));
-      z[i] = choice(z[i], bias.x), z[i + 1] = choice(z[i + 1], bias.y);
-      z[i + 2] = choice(z[i + 2], bias.z), z[i + 3] = choice(z[i + 3], bias.w);
+      const float of_quad[] = {bias.x, bias.y, bias.z, bias.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) z[i + j] = with_bias(score_of(z[i + j]), of_quad[j]);
     }
   }
 
@@ -274,34 +267,6 @@ class LaneRouter {
   }
 
   template <typename Max>
-  static __device__ __forceinline__ float unit_maximum(const float (&c)[kUnit], const Max& max) {
-    float largest[kUnit / 2];
-#pragma unroll
-    for (int i = 0; i < kUnit / 2; ++i) largest[i] = max(c[i], c[i + kUnit / 2]);
-#pragma unroll
-    for (int half = kUnit / 4; half > 0; half /= 2) {
-#pragma unroll
-      for (int i = 0; i < half; ++i) largest[i] = max(largest[i], largest[i + half]);
-    }
-    return largest[0];
-  }
-  static __device__ __forceinline__ float second_of_unit(const float (&c)[kUnit]) {
-    float first[kUnit / 2], second[kUnit / 2];
-#pragma unroll
-    for (int i = 0; i < kUnit / 2; ++i) {
-      first[i] = fmaxf(c[i], c[i + kUnit / 2]), second[i] = fminf(c[i], c[i + kUnit / 2]);
-    }
-#pragma unroll
-    for (int half = kUnit / 4; half > 0; half /= 2) {
-#pragma unroll
-      for (int i = 0; i < half; ++i) {
-        second[i] = fmaxf(fminf(first[i], first[i + half]), fmaxf(second[i], second[i + half]));
-        first[i] = fmaxf(first[i], first[i + half]);
-      }
-    }
-    return second[0];
-  }
-  template <typename Max>
   static __device__ __forceinline__ void find_maxima(const float (&c)[kUnits][kUnit], float (&maxima)[kUnits],
                                                      const Max& max) {
 #pragma unroll
@@ -324,15 +289,24 @@ class LaneRouter {
       units[v] = (in_order(maxima[v]) & ~kLastUnit) | (kLastUnit - static_cast<uint32_t>(v * kLanes + lane_));
     }
     best_of_lanes<kLanes>(units, best);
+    int unit[kPer];
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
-      const auto unit = static_cast<int>(kLastUnit - (pick(best, i) & kLastUnit));
-      load_unit(unit, seen_[i]);
-      if (!by_logits()) to_choice(unit, seen_[i]);
-      const bool dropped = is_dropped(unit / kLanes);
+      unit[i] = static_cast<int>(kLastUnit - (pick(best, i) & kLastUnit));
+      load_unit(unit[i], seen_[i]);
+    }
+    if (!by_logits()) {
+      with_score([&](const auto& score_of) {
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) to_choice(score_of, unit[i], seen_[i]);
+      });
+    }
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const bool dropped = is_dropped(unit[i] / kLanes);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) seen_[i][j] = dropped ? dropped_choice() : seen_[i][j];
-      add_keys(keys, i, unit, seen_[i]);
+      add_keys(keys, i, unit[i], seen_[i]);
     }
     best_of_lanes<kLanes>(keys, list);
   }
@@ -349,16 +323,27 @@ class LaneRouter {
   __device__ __forceinline__ bool decide(const uint32_t (&list)[kBest], const float (&maxima)[kUnits]) {
     bool right = in_range_;
     float c[kPer];
+    bool valid[kPer];
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       id_[i] = static_cast<int32_t>(kLastId - (pick(list, i) & kLastId));
-      const bool valid = has(i) && id_[i] < task_.num_experts;
-      z_[i] = valid ? widen(logits_[id_[i]]) : kNone<float>;
+      valid[i] = has(i) && id_[i] < task_.num_experts;
+      z_[i] = valid[i] ? widen(logits_[id_[i]]) : kNone<float>;
       c[i] = z_[i];
-      if (valid && !by_logits()) c[i] = choice(z_[i], task_.bias ? task_.bias[id_[i]] : 0.0f);
+    }
+    if (!by_logits()) {
+      with_score([&](const auto& score_of) {
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) {
+          if (valid[i]) c[i] = with_bias(score_of(z_[i]), task_.bias ? task_.bias[id_[i]] : 0.0f);
+        }
+      });
+    }
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
       if (is_dropped(id_[i] / Shape::kGroupExperts)) c[i] = dropped_choice();
       // The approximate exponential has no small numbers; no score below 1e-17 decides here.
-      if (valid && task_.by_score()) right &= task_.rule.is_softmax() || z_[i] > kLeastLogit;
+      if (valid[i] && task_.by_score()) right &= task_.rule.is_softmax() || z_[i] > kLeastLogit;
     }
     // 1. In order.
     const float next_c = __shfl_down_sync(~0u, c[0], 1, kLanes);

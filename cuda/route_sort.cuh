@@ -113,4 +113,37 @@ __device__ __forceinline__ void best_of_lanes(const uint32_t (&keys)[n], uint32_
   for (int step = 4; step < kLanes; step *= 2) merge_lanes<kCount>(list, step);
 }
 
+// The maximum of a power of two of values, by max(x, y).
+template <int kUnit, typename Max>
+__device__ __forceinline__ float unit_maximum(const float (&c)[kUnit], const Max& max) {
+  float largest[kUnit / 2];
+#pragma unroll
+  for (int i = 0; i < kUnit / 2; ++i) largest[i] = max(c[i], c[i + kUnit / 2]);
+#pragma unroll
+  for (int half = kUnit / 4; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) largest[i] = max(largest[i], largest[i + half]);
+  }
+  return largest[0];
+}
+
+// The second largest; NaN is passed over.
+template <int kUnit>
+__device__ __forceinline__ float second_of_unit(const float (&c)[kUnit]) {
+  float first[kUnit / 2], second[kUnit / 2];
+#pragma unroll
+  for (int i = 0; i < kUnit / 2; ++i) {
+    first[i] = fmaxf(c[i], c[i + kUnit / 2]), second[i] = fminf(c[i], c[i + kUnit / 2]);
+  }
+#pragma unroll
+  for (int half = kUnit / 4; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      second[i] = fmaxf(fminf(first[i], first[i + half]), fmaxf(second[i], second[i + half]));
+      first[i] = fmaxf(first[i], first[i + half]);
+    }
+  }
+  return second[0];
+}
+
 }  // namespace moe::cuda
