@@ -177,27 +177,25 @@ TEST(kernels_rows_ahead_covers_every_line) {
 
 // Every number of rows, and of columns around those whose sums are added up together; rows of the weight are long
 // enough for all three fetches, or shorter than a vector. Nothing beside c is written.
-TEST(kernels_dot_stream) {
+TEST(kernels_dot) {
   for_each_type([]<typename Storage>(std::type_identity<Storage>) {
     using Real = Wide<Storage>;
     const Kernels<Storage>& table = kernels<Storage>();
-    for (int64_t rows = 1; rows <= kMaxStreamRows; ++rows) {
+    for (int64_t rows = 1; rows <= kMaxDotRows; ++rows) {
       for (const int64_t columns : {1, 3, 4, 17}) {
         for (const int64_t k : {1, 31, 97, 1100}) {
           const Context context(std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(k));
-          const int64_t stride = k + 5, padded = k + table.dot_step;
+          const int64_t stride = k + 5, steps = (k + table.dot_step - 1) / table.dot_step;
           const auto left = random_values<Storage>(rows * k, 1), weight = random_values<Storage>(columns * stride, 2);
-          auto arranged = unwritten<Real>(rows * padded);
-          const Real* a[kMaxStreamRows];
+          auto a = unwritten<Real>(steps * rows * table.dot_width);
           for (int64_t i = 0; i < rows; ++i) {
-            table.arrange_for_dot(left.data() + i * k, k, arranged.data() + i * padded);
-            a[i] = arranged.data() + i * padded;
+            table.arrange_for_dot(left.data() + i * k, k, a.data() + i * table.dot_width, rows * table.dot_width);
           }
           for (const TileStore how : {TileStore::kWrite, TileStore::kAdd}) {
             check_tile<Real>(
                 [&](Real* c, int64_t ldc, TileStore store) {
-                  table.dot_stream(static_cast<int>(rows), columns, a, weight.data(), stride, k,
-                                   columns == 17 ? nullptr : weight.data(), c, ldc, store);
+                  table.dot(static_cast<int>(rows), columns, a.data(), weight.data(), stride, k,
+                            columns == 17 ? nullptr : weight.data(), c, ldc, store);
                 },
                 rows, columns, how, k,
                 [&](int64_t i, int64_t j, int64_t x, Sum& sum) {

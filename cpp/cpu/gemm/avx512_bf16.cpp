@@ -24,13 +24,9 @@ const Kernels<Storage>& table() {
       with_pairs.pack_pairs_transposed = pack_pairs_transposed;
       with_pairs.dot = dot<BFloat16>;
       with_pairs.dot_fours_pairs = dot_fours<float, true>;
-      with_pairs.dot_stream = dot_stream<BFloat16>;
       with_pairs.arrange_for_dot = arrange_for_dot<BFloat16>;
       with_pairs.dot_step = kDotStep<BFloat16>;
-      with_pairs.dot_packing = kDotPacking<BFloat16>;
-      const int columns[] = {kDotColumns<BFloat16, 1>, kDotColumns<BFloat16, 2>, kDotColumns<BFloat16, 3>,
-                             kDotColumns<BFloat16, 4>};
-      std::copy_n(columns, kMaxDotRows, with_pairs.dot_columns);
+      with_pairs.dot_width = kDotParts<BFloat16> * kLanes<float>;
       return with_pairs;
     }();
     return kTable;

@@ -4,7 +4,7 @@
 //
 // Five ways, chosen by the sizes, the type and the layout of the weight alone, so that a result never depends on how
 // the work was cut or on who did it (each c[i, j] is summed in the same order in every tile):
-//   kDot             out_in, few rows: dot products along k, straight on the weight (dot_stream.h, dot.h)
+//   kDot             out_in, few rows: dot products along k, straight on the weight (dot.h, dot_stream.h)
 //   kFours           out_in, rows that would fill few lanes of the next: the same, four rows to a vector (dot_fours.h)
 //   kTokensInLanes   out_in, many rows: rows are packed, transposed, once; weight elements are broadcast, unpacked
 //   kColumnsInLanes  in_out: a panel of the weight is packed; row elements are broadcast
@@ -25,16 +25,20 @@ namespace moe {
 
 enum class GemmKernel : int8_t { kDot, kFours, kTokensInLanes, kColumnsInLanes, kTiles };
 
-// The most rows that dot products serve better than packed panels where a weight has to be widened first.
+// The most rows that dot products serve better than rows four to a vector, where the weight is multiplied as it lies.
+inline constexpr int64_t kMaxDotRowsOfNumbers = 6;
+// The most that they serve better than packed panels where a weight has to be widened first.
 inline constexpr int64_t kMaxWidenedDotProductRows = 24;
 
 template <typename Storage>
 GemmKernel choose_gemm(const Kernels<Storage>& kernels, WeightLayout layout, int64_t rows, bool pairs,
                        bool matrix_units) {
-  if (matrix_units && (layout == WeightLayout::kInOut || rows > kMaxDotRows)) return GemmKernel::kTiles;
+  if (matrix_units && (layout == WeightLayout::kInOut || rows > kFewDotRows)) return GemmKernel::kTiles;
   if (layout == WeightLayout::kInOut) return GemmKernel::kColumnsInLanes;
   const bool widened = !std::is_same_v<Storage, Wide<Storage>> && !pairs;
-  if (!widened && rows > kMaxDotRows && rows <= kernels.most_fours_rows) return GemmKernel::kFours;
+  // A product of pairs does two in one, so that the sums across lanes weigh less.
+  const int64_t most_dot_rows = pairs ? kMaxDotRows : kMaxDotRowsOfNumbers;
+  if (!widened && rows > most_dot_rows && rows <= kernels.most_fours_rows) return GemmKernel::kFours;
   return rows <= (widened ? kMaxWidenedDotProductRows : kMaxDotRows) ? GemmKernel::kDot : GemmKernel::kTokensInLanes;
 }
 
@@ -77,7 +81,7 @@ class BlockGemm {
   static size_t scratch_bytes(const Kernels<Storage>& kernels, int64_t rows, int64_t k, int64_t columns) {
     const int64_t panel = kernels.panel(), padded_rows = ceil_div(rows, panel) * panel;
     return Arena::size_of_block<Real>(packed_size(kernels, padded_rows, k)) +
-           Arena::size_of_block<Real>(staged_size(kernels, columns)) + Arena::size_of_block<Real>(sums_size(kernels)) +
+           Arena::size_of_block<Real>(staged_size(kernels, columns)) +
            Arena::size_of_block<Real>(padded_rows * columns) + Arena::size_of_block<const Real*>(rows);
   }
 
@@ -86,7 +90,6 @@ class BlockGemm {
     const int64_t panel = kernels.panel(), padded_rows = ceil_div(rows, panel) * panel;
     packed_ = arena.take<Real>(packed_size(kernels, padded_rows, k));
     staged_ = arena.take<Real>(staged_size(kernels, columns));
-    sums_ = arena.take<Real>(sums_size(kernels));
     transposed_ = arena.take<Real>(padded_rows * columns);
     real_rows_ = arena.take<const Real*>(rows);
   }
@@ -167,89 +170,65 @@ class BlockGemm {
   // The most rows for which reading the weight from the second-level cache again and again beats packing it.
   static constexpr int64_t kMaxInPlaceRows = 16;
   static constexpr int64_t kTilesDepth = 2 * kColumnsDepth;  // of half the width
+  static constexpr int64_t kPieceBytes = 64 << 10;           // of a weight that several tiles read, one after the other
 
   static int64_t packed_size(const Kernels<Storage>& kernels, int64_t padded_rows, int64_t k) {
     const int64_t dot_rows = std::min(padded_rows, kMaxWidenedDotProductRows);
-    return std::max(padded_rows * (k + MatrixUnits::kDepth),
-                    dot_rows * (k + ceil_div(k, kDepth) * (kernels.dot_step + kernels.lanes)));
+    return std::max(padded_rows * (k + MatrixUnits::kDepth), dot_rows * (k + ceil_div(k, kDepth) * kernels.dot_step));
   }
   static int64_t staged_size(const Kernels<Storage>& kernels, int64_t columns) {
     const int64_t panel = kernels.panel();
     return std::max<int64_t>(kMaxTileRows * (kDepth + kernels.lanes), kColumnsDepth * ceil_div(columns, panel) * panel);
   }
-  static int64_t sums_size(const Kernels<Storage>& kernels) {
-    return kMaxWidenedDotProductRows * kMaxTileRows * kernels.lanes;
-  }
 
-  // Whether so few rows that reading the weight takes as long as multiplying it, yet not one.
-  bool streamed() const { return m_ > 1 && m_ <= kMaxStreamRows; }
-
-  // One row: all of k, since it is one tile anyway. Rows that stay in half of a first-level cache: equal parts of k.
+  // One row: all of k, since nothing else needs the cache. More: equal parts of k, of which the rows of a tile stay in
+  // half of a first-level cache.
   int64_t dot_depth() const {
     if (m_ == 1) return k_;
-    if (!streamed()) return std::min(k_, kDepth);
-    const int64_t most = (m_ <= kMaxDotRows ? 2 : 1) * kDepth * kernels_.dot_packing, step = kernels_.dot_step;
+    const int64_t most = (m_ <= kFewDotRows ? 2 : 1) * kDepth * kernels_.dot_step / kernels_.dot_width,
+                  step = kernels_.dot_step;
     return std::min(k_, ceil_div(ceil_div(k_, ceil_div(k_, most)), step) * step);
   }
-  // NOTE: a row is one cache line longer than it need be: at a power of two, all rows would fall into the same cache
-  // sets.
-  int64_t dot_row_size() const {
-    return ceil_div(dot_depth(), kernels_.dot_step) * kernels_.dot_step / kernels_.dot_packing + kernels_.lanes;
-  }
+  int64_t dot_tiles() const { return ceil_div(m_, kMaxDotRows); }
+  int64_t dot_row_size(int64_t depth) const { return ceil_div(depth, kernels_.dot_step) * kernels_.dot_width; }
 
-  // packed_: [blocks of k][m][dot_row_size]
+  // packed_: in each part of k, tile after tile.
   void pack_dot_rows(const Storage* const* rows) {
     Real* out = packed_;
-    for (int64_t k0 = 0; k0 < k_; k0 += dot_depth()) {
-      const int64_t depth = std::min(dot_depth(), k_ - k0);
-      for (int64_t i = 0; i < m_; ++i, out += dot_row_size()) kernels_.arrange_for_dot(rows[i] + k0, depth, out);
-    }
-  }
-
-  // A few columns at a time, each to the end of its row of the weight. They are spread evenly over all: each is then
-  // one of a few long streams, since the next tile goes on where this one ends, and a processor's prefetcher need not
-  // start anew at every row. A row of 1.5 KiB is read 1.6 times as fast.
-  void multiply_dot(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc,
-                    const Storage* next) {
-    if (streamed()) return multiply_stream(weight, begin, count, c, ldc, next);
-    const int64_t streams = kernels_.dot_columns[std::min(m_, kMaxDotRows) - 1], length = ceil_div(count, streams);
-    for (int64_t j = 0; j < length; ++j) {
-      dot_columns(weight.data + (begin + j) * k_, ceil_div(count - j, length), length, c + j, ldc);
-    }
-  }
-
-  // Columns `stride` apart. Of several tiles of rows, the first waits for memory and the others do not: the last one
-  // fetches what the first will read next.
-  void dot_columns(const Storage* weight, int64_t columns, int64_t stride, Real* c, int64_t ldc) {
-    constexpr int64_t kAhead = 2048 / sizeof(Storage);
-    const Storage* w[kMaxTileRows];
-    const Real* a[kMaxDotRows];
-    const Real* packed = packed_;
-    for (int64_t k0 = 0; k0 < k_; k0 += dot_depth(), packed += m_ * dot_row_size()) {
-      const int64_t depth = std::min(dot_depth(), k_ - k0);
-      for (int64_t x = 0; x < columns; ++x) w[x] = weight + x * stride * k_ + k0;
-      for (int64_t first = 0; first < m_; first += kMaxDotRows) {
-        const int64_t rows = std::min(kMaxDotRows, m_ - first);
-        for (int64_t i = 0; i < rows; ++i) a[i] = packed + (first + i) * dot_row_size();
-        const int64_t ahead = m_ <= kMaxDotRows ? kAhead : first + rows == m_ ? depth : 0;
-        kernels_.dot(static_cast<int>(rows), static_cast<int>(columns), a, w, depth,
-                     sums_ + first * kMaxTileRows * kernels_.lanes, {k0 == 0, k0 + depth == k_}, c + first * ldc, ldc,
-                     stride, ahead);
+    for (int64_t k0 = 0, depth; k0 < k_; k0 += depth) {
+      depth = std::min(dot_depth(), k_ - k0);
+      for (int64_t t = 0; t < dot_tiles(); ++t) {
+        const int64_t first = m_ * t / dot_tiles(), count = m_ * (t + 1) / dot_tiles() - first;
+        for (int64_t i = 0; i < count; ++i) {
+          kernels_.arrange_for_dot(rows[first + i] + k0, depth, out + i * kernels_.dot_width,
+                                   count * kernels_.dot_width);
+        }
+        out += count * dot_row_size(depth);
       }
     }
   }
 
-  // One row of the weight after another, in each part of k.
-  void multiply_stream(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc,
-                       const Storage* next) {
+  // In each part of k, as few tiles of rows as can be, evenly filled. All but the first read a piece of the weight that
+  // the first has left in the second-level cache.
+  void multiply_dot(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc,
+                    const Storage* next) {
+    const int64_t tiles = dot_tiles();
     const Storage* first = weight.data + begin * k_;
-    const Real* a[kMaxStreamRows];
     const Real* packed = packed_;
-    for (int64_t k0 = 0; k0 < k_; k0 += dot_depth()) {
-      const int64_t depth = std::min(dot_depth(), k_ - k0), end = k0 + depth;
-      for (int64_t i = 0; i < m_; ++i, packed += dot_row_size()) a[i] = packed;
-      kernels_.dot_stream(static_cast<int>(m_), count, a, first + k0, k_, depth, end < k_ ? first + end : next, c, ldc,
-                          k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
+    for (int64_t k0 = 0, depth; k0 < k_; k0 += depth) {
+      depth = std::min(dot_depth(), k_ - k0);
+      const int64_t bytes = depth * static_cast<int64_t>(sizeof(Storage));
+      const int64_t piece = tiles == 1 ? count : std::max<int64_t>(kPieceBytes / bytes, 1);
+      for (int64_t j = 0; j < count; j += piece) {
+        const Storage* w = first + j * k_ + k0;
+        const Storage* after = j + piece < count ? w + piece * k_ : k0 + depth < k_ ? first + k0 + depth : next;
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t row = m_ * t / tiles, rows = m_ * (t + 1) / tiles - row;
+          kernels_.dot(static_cast<int>(rows), std::min(piece, count - j), packed + row * dot_row_size(depth), w, k_,
+                       depth, after, c + row * ldc + j, ldc, k0 > 0 ? TileStore::kAdd : TileStore::kWrite);
+        }
+      }
+      packed += m_ * dot_row_size(depth);
     }
   }
 
@@ -391,7 +370,8 @@ class BlockGemm {
       for (int64_t i = 0; i < m_; ++i) std::copy_n(rows[i], k_, packed + i * tile_row_size());
     }
   }
-  // NOTE: one cache line more than it need be, for the same reason as in dot_row_size.
+  // NOTE: one cache line more than it need be, or at a power of two all rows would fall into the same
+  // cache sets.
   int64_t tile_row_size() const { return k_ + MatrixUnits::kDepth; }
 
   void multiply_tiles(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
@@ -426,7 +406,6 @@ class BlockGemm {
   Real* packed_;      // kTokensInLanes: panels [k][width], one after the other; kDot: pack_dot_rows; kColumnsInLanes:
                       // widened rows [m][k]
   Real* staged_;      // a few widened weight rows, or a packed weight strip
-  Real* sums_;        // unfinished dot products, lane by lane
   Real* transposed_;  // c^T of kTokensInLanes
   const Real** real_rows_;
   int64_t m_ = 0, k_ = 0, panels_ = 0, width_ = 0;

@@ -1,11 +1,5 @@
-// Dot-product micro-kernel: c[i, j] = <a[i], w[j]>, straight on the row-major weight.
-//
-// For experts with few rows: nothing of the weight is packed, both operands are read along k by whole vectors, and each
-// element of the weight comes from memory once. `Columns` weight rows are as many streams, which the processor's own
-// prefetcher follows.
-//
-// The lanes of an accumulator are partial sums. They are kept between calls, so that k can be cut into blocks whose
-// rows stay in the first-level cache, and added up once, at the end.
+// Dot products straight on the row-major weight: how both factors are read along k, by whole vectors, and the kernel
+// for one row. Nothing of the weight is packed, and each element comes from memory once. dot_stream.h has more rows.
 #pragma once
 
 #include <algorithm>
@@ -23,11 +17,6 @@ template <typename Storage>
 inline constexpr int kDotParts = std::is_same_v<Storage, BFloat16> && !kHasPairs ? 2 : 1;
 template <typename Storage>
 inline constexpr int kDotStep = kDotPacking<Storage> * kDotParts<Storage> * kLanes<Wide<Storage>>;
-
-// Accumulators and the vectors of a tile's rows share the registers.
-template <typename Storage, int Rows>
-inline constexpr int kDotColumns =
-    std::min<int>(kMaxTileRows, (MOE_ACCUMULATORS - (kDotParts<Storage> == 2 ? 4 : 0)) / Rows);
 
 template <typename Storage>
 inline void load_step(const Storage* p, Vec<Wide<Storage>> (&parts)[kDotParts<Storage>]) {
@@ -48,113 +37,89 @@ inline void load_first_of_step(const Storage* p, int64_t n, Vec<Wide<Storage>> (
 
 // A row the way `dot` multiplies it: widened, each step's parts side by side, the last step padded with zeros.
 template <typename Storage>
-void arrange_for_dot(const Storage* src, int64_t n, Wide<Storage>* dst) {
+void arrange_for_dot(const Storage* src, int64_t n, Wide<Storage>* dst, int64_t stride) {
   constexpr int kStep = kDotStep<Storage>, kParts = kDotParts<Storage>;
   Vec<Wide<Storage>> parts[kParts];
-  for (int64_t x = 0; x < n; x += kStep, dst += kParts * kLanes<Wide<Storage>>) {
+  for (int64_t x = 0; x < n; x += kStep, dst += stride) {
     n - x < kStep ? load_first_of_step(src + x, n - x, parts) : load_step(src + x, parts);
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) store(dst + part * kLanes<Wide<Storage>>, parts[part]);
   }
 }
 
-template <typename Storage, int Rows, int Columns>
-void dot_tile(int columns, const Wide<Storage>* const* a, const Storage* const* w, int64_t k, Wide<Storage>* sums,
-              DotPart part, Wide<Storage>* c, int64_t ldc, int64_t stride, int64_t ahead) {
+// c[j] = <a, w[j]>. Multiplying takes no time here, so all is about reading: the columns are cut into as many runs as
+// there are accumulators, each one stream to the end, which a processor's own prefetcher follows and which is fetched a
+// fixed distance ahead. Where the streams end, they fetch what those of the next call will begin with.
+template <typename Storage>
+void dot_one_row(int64_t columns, const Wide<Storage>* a, const Storage* w, int64_t stride, int64_t k,
+                 const Storage* next, Wide<Storage>* c, TileStore how) {
   using Real = Wide<Storage>;
-  constexpr int n = kLanes<Real>, kStep = kDotStep<Storage>, kParts = kDotParts<Storage>;
-  const Real* a_row[Rows];
-  const Storage* w_row[Columns];
-  Vec<Real> tile[Rows][Columns];
+  constexpr int n = kLanes<Real>, kParts = kDotParts<Storage>, kStreams = 8;
+  constexpr int64_t kStep = kDotStep<Storage>, kAhead = 2048 / sizeof(Storage);
+  // The sums of as many columns as make n of them are added up together.
+  constexpr int kTogether = std::max(n / kStreams, 1), kGroups = (kTogether * kStreams + n - 1) / n;
+  const int64_t length = (columns + kStreams - 1) / kStreams, ahead = std::min(kAhead, k);
+  // From the end of a stream to where the next call's begins.
+  const int64_t beyond = next == nullptr ? 0 : next - w - length * stride;
+  Vec<Real> sums[kGroups * n / kStreams][kStreams] = {};
+  for (int64_t first = 0; first < length; first += kTogether) {
+    const int64_t together = std::min<int64_t>(kTogether, length - first);
+    for (int64_t j = first; j < first + together; ++j) {
+      const Storage* stream[kStreams];
+      Vec<Real>(&sum)[kStreams] = sums[j - first];
 #pragma GCC unroll 8
-  for (int j = 0; j < Columns; ++j) w_row[j] = w[std::min(j, columns - 1)];  // a missing row repeats the last one
-#pragma GCC unroll 4
-  for (int i = 0; i < Rows; ++i) {
-    a_row[i] = a[i];
-#pragma GCC unroll 8
-    for (int j = 0; j < Columns; ++j) tile[i][j] = part.first ? Vec<Real>{} : load(sums + (i * Columns + j) * n);
-  }
-  const auto step = [&](int64_t x, auto load_w) __attribute__((always_inline)) {
-    Vec<Real> a_parts[Rows][kParts], w_parts[kParts];
-#pragma GCC unroll 4
-    for (int i = 0; i < Rows; ++i) {
+      for (int s = 0; s < kStreams; ++s) {  // a missing column repeats the last one
+        stream[s] = w + std::min(s * length + j, columns - 1) * stride;
+      }
+      Vec<Real> total[kStreams] = {};
+      const auto step = [&](int64_t x, auto load_w) __attribute__((always_inline)) {
+        Vec<Real> a_parts[kParts], w_parts[kParts];
 #pragma GCC unroll 2
-      for (int p = 0; p < kParts; ++p) a_parts[i][p] = in_register(load(a_row[i] + x / kDotPacking<Storage> + p * n));
-    }
+        for (int p = 0; p < kParts; ++p) a_parts[p] = in_register(load(a + x / kDotPacking<Storage> + p * n));
 #pragma GCC unroll 8
-    for (int j = 0; j < Columns; ++j) {
-      load_w(w_row[j] + x, w_parts);
+        for (int s = 0; s < kStreams; ++s) {
+          load_w(stream[s] + x, w_parts);
 #pragma GCC unroll 2
-      for (int p = 0; p < kParts; ++p) {
-#pragma GCC unroll 4
-        for (int i = 0; i < Rows; ++i) {
-          if constexpr (kDotPacking<Storage> == 2) {
-            tile[i][j] = add_pairs(tile[i][j], a_parts[i][p], w_parts[p]);
-          } else {
-            tile[i][j] += a_parts[i][p] * w_parts[p];
+          for (int p = 0; p < kParts; ++p) {
+            if constexpr (kDotPacking<Storage> == 2) {
+              total[s] = add_pairs(total[s], a_parts[p], w_parts[p]);
+            } else {
+              total[s] += a_parts[p] * w_parts[p];
+            }
           }
         }
+      };
+      int64_t x = 0;
+      // Up to `end`, with fetches `distance` further.
+      const auto run = [&](int64_t end, int64_t distance) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+        for (; x + kStep <= end; x += kStep) {
+          step(x, [distance](const Storage* p, auto& parts) __attribute__((always_inline)) {
+            fetch_early(p + distance);
+            load_step(p, parts);
+          });
+        }
+      };
+      run(k - ahead, ahead);
+      run(k, ahead + stride - k + (j + 1 == length ? beyond : 0));
+      if (const int64_t rest = k - x; rest > 0) {
+        step(x, [rest](const Storage* p, auto& parts) { load_first_of_step(p, rest, parts); });
+      }
+#pragma GCC unroll 8
+      for (int s = 0; s < kStreams; ++s) sum[s] = total[s];
+    }
+    Real totals[kGroups * n];
+    for (int g = 0; g < kGroups; ++g) {
+      Vec<Real> group[n];
+      std::copy_n(&sums[0][0] + g * n, n, group);
+      sum_lanes<Real>(group);
+      store(totals + g * n, group[0]);
+    }
+    for (int64_t j = 0; j < together; ++j) {
+      for (int64_t s = 0, at = first + j; s < kStreams && at < columns; ++s, at += length) {
+        c[at] = (how == TileStore::kAdd ? c[at] : Real(0)) + totals[j * kStreams + s];
       }
     }
-  };
-  int64_t x = 0;
-#pragma GCC unroll 1
-  for (; x + kStep <= k; x += kStep) {
-    step(x, [ahead](const Storage* p, auto& parts) __attribute__((always_inline)) {
-      if (ahead != 0) fetch_early(p + ahead);
-      load_step(p, parts);
-    });
-  }
-  if (const int64_t rest = k - x; rest > 0) {
-    step(x, [rest](const Storage* p, auto& parts) { load_first_of_step(p, rest, parts); });
-  }
-  if (!part.last) {
-#pragma GCC unroll 4
-    for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < Columns; ++j) store(sums + (i * Columns + j) * n, tile[i][j]);
-    }
-    return;
-  }
-  // The totals of n accumulators at a time.
-  constexpr int kSums = Rows * Columns, kGroups = (kSums + n - 1) / n;
-  Real totals[kGroups * n];
-#pragma GCC unroll 16
-  for (int g = 0; g < kGroups; ++g) {
-    Vec<Real> group[n];
-#pragma GCC unroll 16
-    for (int l = 0; l < n; ++l) {
-      const int at = g * n + l;
-      group[l] = at < kSums ? tile[at / Columns][at % Columns] : Vec<Real>{};
-    }
-    sum_lanes<Real>(group);
-    store(totals + g * n, group[0]);
-  }
-  for (int i = 0; i < Rows; ++i) {
-    for (int j = 0; j < columns; ++j) c[i * ldc + j * stride] = totals[i * Columns + j];
-  }
-}
-
-template <typename Storage>
-void dot(int rows, int columns, const Wide<Storage>* const* a, const Storage* const* w, int64_t k, Wide<Storage>* sums,
-         DotPart part, Wide<Storage>* c, int64_t ldc, int64_t stride, int64_t ahead) {
-  static_assert(kMaxDotRows == 4, "one case per number of rows");
-  const auto run = [&]<int Rows>() {
-    // Beside tiles of all rows, a tile of fewer has no more columns than they.
-    constexpr int kNarrow = kDotColumns<Storage, kMaxDotRows>;
-    columns <= kNarrow
-        ? dot_tile<Storage, Rows, kNarrow>(columns, a, w, k, sums, part, c, ldc, stride, ahead)
-        : dot_tile<Storage, Rows, kDotColumns<Storage, Rows>>(columns, a, w, k, sums, part, c, ldc, stride, ahead);
-  };
-  switch (rows) {
-    case 1:
-      return run.template operator()<1>();
-    case 2:
-      return run.template operator()<2>();
-    case 3:
-      return run.template operator()<3>();
-    case 4:
-      return run.template operator()<4>();
   }
 }
 

@@ -1,6 +1,6 @@
 // Dot products of rows that lie four to a vector: c[i, j] = <a[i], w[j]>, straight on the row-major weight.
 //
-// For rows too few to fill the lanes of `outer` and too many for `dot_stream`, which pays for the sums across all lanes
+// For rows too few to fill the lanes of `outer` and too many for `dot`, which pays for the sums across all lanes
 // of a vector. A vector holds the next kFourDepth elements of each of four rows; the same elements of a weight row are
 // repeated four times, by a broadcast; what remains to be added up at the end are groups of kFourDepth lanes. 8 columns
 // and 12 rows cost 11 loads for 24 FMAs, and no lane is wasted but those of rows that are missing from the last four.

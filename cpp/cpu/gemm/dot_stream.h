@@ -1,10 +1,10 @@
 // Dot products of a few rows with one row of the weight after another: c[i, j] = <a[i], w[j]>.
 //
-// For the sizes at which multiplying takes about as long as reading: both go on side by side only while what is
-// multiplied lies in the first-level cache already. The rows of the weight are therefore one long stream, fetched in
-// three steps: twice into the second-level cache, since a core that asks for more than it can keep under way drops what
-// is too much, and once into the first. `dot`, with its several streams and one fetch, gets three quarters of this
-// speed at four rows; at one row, where multiplying takes no time, it is the faster one.
+// From two rows on, for the sizes at which multiplying takes about as long as reading: both go on side by side only
+// while what is multiplied lies in the first-level cache already. The rows of the weight are therefore one long stream,
+// fetched in three steps: twice into the second-level cache, since a core that asks for more than it can keep under way
+// drops what is too much, and once into the first. Several streams with one fetch, as of one row, get three quarters of
+// this speed at four rows.
 #pragma once
 
 #include <algorithm>
@@ -21,35 +21,37 @@ struct Upcoming {
   const Storage *next, *ahead, *far_ahead;
 };
 
-// Of few rows, two sums along k in turn hide how long one addition takes; of more, two columns share what is loaded of
-// the rows, where the registers suffice.
-template <int Rows>
-inline constexpr int kStreamColumns = Rows > kMaxDotRows && 2 * Rows <= MOE_ACCUMULATORS ? 2 : 1;
-
-// sums[j * Rows + i] = <a[i], w[j]>, lane by lane, for the columns of a tile. A missing column repeats the first one.
+// Of few rows, two sums along k in turn hide how long one addition takes; of more, as many columns as there are
+// registers for share what is loaded of the rows.
 template <typename Storage, int Rows>
-void dot_columns(const Wide<Storage>* const* a, const Storage* w, const Storage* second, int64_t k,
+inline constexpr int kStreamColumns =
+    Rows > kFewDotRows ? std::max((MOE_ACCUMULATORS - (kDotParts<Storage> == 2 ? 4 : 0)) / Rows, 1) : 1;
+
+// sums[j * Rows + i] = <a[i], w[j]>, lane by lane, for the `columns` columns of a tile. A missing one repeats the last
+// one.
+template <typename Storage, int Rows>
+void dot_columns(const Wide<Storage>* a, const Storage* w, int64_t columns, int64_t k,
                  const Upcoming<Storage>& upcoming, int64_t stride, Vec<Wide<Storage>>* sums) {
   using Real = Wide<Storage>;
-  constexpr int n = kLanes<Real>, kParts = kDotParts<Storage>, kColumns = kStreamColumns<Rows>;
-  constexpr int kUnroll = Rows > kMaxDotRows ? 1 : 2;
+  constexpr int n = kLanes<Real>, kParts = kDotParts<Storage>, kColumns = kStreamColumns<Storage, Rows>;
+  constexpr int kUnroll = Rows > kFewDotRows ? 1 : 2;
   constexpr int64_t kStep = kDotStep<Storage>, kStride = kUnroll * kStep;
   constexpr int64_t kLine = kCacheLine / sizeof(Storage), kNear = kNearBytes / sizeof(Storage);
-  const Storage* column[] = {w, second};
-  const Real* a_row[Rows];
+  const Storage* column[kColumns];
   Vec<Real> total[Rows][kColumns][kUnroll] = {};
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) a_row[i] = a[i];
+#pragma GCC unroll 4
+  for (int j = 0; j < kColumns; ++j) column[j] = w + std::min<int64_t>(j, columns - 1) * stride;
   const auto step = [&](int64_t x, int u, auto load_w) __attribute__((always_inline)) {
     Vec<Real> w_parts[kColumns][kParts];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < kColumns; ++j) load_w(column[j] + x, w_parts[j]);
 #pragma GCC unroll 2
     for (int p = 0; p < kParts; ++p) {
 #pragma GCC unroll 8
       for (int i = 0; i < Rows; ++i) {
-        const Vec<Real> a_part = load(a_row[i] + x / kDotPacking<Storage> + p * n);
-#pragma GCC unroll 2
+        Vec<Real> a_part = load(a + ((u * Rows + i) * kParts + p) * n);
+        if (kColumns > 1) a_part = in_register(a_part);
+#pragma GCC unroll 4
         for (int j = 0; j < kColumns; ++j) {
           Vec<Real>& sum = total[i][j][u];
           if constexpr (kDotPacking<Storage> == 2) {
@@ -69,7 +71,7 @@ void dot_columns(const Wide<Storage>* const* a, const Storage* w, const Storage*
     for (; x + kStride <= end; x += kStride) {
 #pragma GCC unroll 4
       for (int64_t line = 0; line < kStride; line += kLine) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int j = 0; j < kColumns; ++j) {
           const int64_t at = j * stride + x + line;
           fetch_early(upcoming.far_ahead + at);
@@ -79,6 +81,7 @@ void dot_columns(const Wide<Storage>* const* a, const Storage* w, const Storage*
       }
 #pragma GCC unroll 2
       for (int u = 0; u < kUnroll; ++u) step(x + u * kStep, u, whole);
+      a += kUnroll * Rows * kParts * n;
     }
   };
   run(k - kNear, w + kNear);
@@ -86,11 +89,12 @@ void dot_columns(const Wide<Storage>* const* a, const Storage* w, const Storage*
   if (kUnroll > 1 && x + kStep <= k) {
     step(x, 0, whole);
     x += kStep;
+    a += Rows * kParts * n;
   }
   if (const int64_t rest = k - x; rest > 0) {
-    step(x, kUnroll - 1, [rest](const Storage* p, auto& parts) { load_first_of_step(p, rest, parts); });
+    step(x, 0, [rest](const Storage* p, auto& parts) { load_first_of_step(p, rest, parts); });
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int j = 0; j < kColumns; ++j) {
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
@@ -100,10 +104,10 @@ void dot_columns(const Wide<Storage>* const* a, const Storage* w, const Storage*
 }
 
 template <typename Storage, int Rows>
-void dot_stream_of(int64_t columns, const Wide<Storage>* const* a, const Storage* w, int64_t stride, int64_t k,
+void dot_stream_of(int64_t columns, const Wide<Storage>* a, const Storage* w, int64_t stride, int64_t k,
                    const Storage* next, Wide<Storage>* c, int64_t ldc, TileStore how) {
   using Real = Wide<Storage>;
-  constexpr int n = kLanes<Real>, kTile = kStreamColumns<Rows>;
+  constexpr int n = kLanes<Real>, kTile = kStreamColumns<Storage, Rows>;
   // The sums of as many columns as make n of them are added up together.
   constexpr int kColumns = std::max(n / (Rows * kTile), 1) * kTile;
   constexpr int kGroups = (kColumns * Rows + n - 1) / n;
@@ -117,10 +121,8 @@ void dot_stream_of(int64_t columns, const Wide<Storage>* const* a, const Storage
     const int64_t count = std::min<int64_t>(kColumns, columns - first);
     for (int64_t j = 0; j < count; j += kTile) {
       const int64_t at = first + j;
-      const Storage* begin = w + at * stride;
       const Upcoming<Storage> upcoming{row(at + kTile), row(at + ahead), row(at + 2 * ahead)};
-      dot_columns<Storage, Rows>(a, begin, j + 1 < count ? begin + stride : begin, k, upcoming, stride,
-                                 &sums[0][0] + j * Rows);
+      dot_columns<Storage, Rows>(a, w + at * stride, count - j, k, upcoming, stride, &sums[0][0] + j * Rows);
     }
     for (int g = 0; g < kGroups; ++g) {
       Vec<Real> together[n];
@@ -138,13 +140,14 @@ void dot_stream_of(int64_t columns, const Wide<Storage>* const* a, const Storage
 }
 
 template <typename Storage>
-void dot_stream(int rows, int64_t columns, const Wide<Storage>* const* a, const Storage* w, int64_t stride, int64_t k,
-                const Storage* next, Wide<Storage>* c, int64_t ldc, TileStore how) {
-  static_assert(kMaxStreamRows == 8, "one function per number of rows");
-  static constexpr decltype(&dot_stream_of<Storage, 1>) kOfRows[] = {
-      dot_stream_of<Storage, 1>, dot_stream_of<Storage, 2>, dot_stream_of<Storage, 3>, dot_stream_of<Storage, 4>,
-      dot_stream_of<Storage, 5>, dot_stream_of<Storage, 6>, dot_stream_of<Storage, 7>, dot_stream_of<Storage, 8>};
-  kOfRows[rows - 1](columns, a, w, stride, k, next, c, ldc, how);
+void dot(int rows, int64_t columns, const Wide<Storage>* a, const Storage* w, int64_t stride, int64_t k,
+         const Storage* next, Wide<Storage>* c, int64_t ldc, TileStore how) {
+  static_assert(kMaxDotRows == 8, "one function per number of rows");
+  if (rows == 1) return dot_one_row(columns, a, w, stride, k, next, c, how);
+  static constexpr decltype(&dot_stream_of<Storage, 2>) kOfRows[] = {
+      dot_stream_of<Storage, 2>, dot_stream_of<Storage, 3>, dot_stream_of<Storage, 4>, dot_stream_of<Storage, 5>,
+      dot_stream_of<Storage, 6>, dot_stream_of<Storage, 7>, dot_stream_of<Storage, 8>};
+  kOfRows[rows - 2](columns, a, w, stride, k, next, c, ldc, how);
 }
 
 }  // namespace moe::MOE_ISA

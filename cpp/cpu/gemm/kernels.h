@@ -12,15 +12,15 @@
 namespace moe {
 
 // Sizes of a micro-kernel's tile that callers lay out memory by.
-inline constexpr int64_t kMaxTileRows = 8;     // rows of p in `outer`, columns in `dot`
+inline constexpr int64_t kMaxTileRows = 8;     // rows of p in `outer`
 inline constexpr int64_t kMaxTileVectors = 4;  // width of q in `outer`, in vectors
 
-inline constexpr int64_t kMaxDotRows = 4;     // rows of a in `dot`
-inline constexpr int64_t kMaxStreamRows = 8;  // rows of a in `dot_stream`
+inline constexpr int64_t kMaxDotRows = 8;     // rows of a in `dot`
+inline constexpr int64_t kFewDotRows = 4;     // so few that multiplying leaves time to read all of them from the cache
 inline constexpr int64_t kMaxFoursRows = 24;  // rows of a in `dot_fours`
 inline constexpr int64_t kRowsOfVector = 4;   // that share a vector there
 
-// Which part of a dot product a call computes.
+// Which part of a sum of products a call computes.
 struct DotPart {
   bool first, last;
 };
@@ -48,14 +48,13 @@ template <typename Storage>
 struct Kernels {
   using Real = Wide<Storage>;
 
-  int lanes;                     // Real values per vector
-  int narrow_lanes;              // of the vector that a tile may end with: half as many, or the same
-  int accumulators;              // vectors of a tile that fit in registers: rows * vectors <= accumulators
-  int tile_vectors;              // widest tile of `outer`, in vectors
-  int dot_columns[kMaxDotRows];  // how many columns a tile of `dot` with 1, 2, .. rows has
-  int most_fours_rows;           // of `dot_fours`; of more, the panels of `outer` waste few lanes; 0: there is none
-  int dot_step;                  // `arrange_for_dot` pads to a multiple of this
-  int dot_packing;               // elements that `arrange_for_dot` puts into the room of a Real: 1, or a pair
+  int lanes;            // Real values per vector
+  int narrow_lanes;     // of the vector that a tile may end with: half as many, or the same
+  int accumulators;     // vectors of a tile that fit in registers: rows * vectors <= accumulators
+  int tile_vectors;     // widest tile of `outer`, in vectors
+  int most_fours_rows;  // of `dot_fours`; of more, the panels of `outer` waste few lanes; 0: there is none
+  int dot_step;         // elements of a row that `dot` multiplies at a time
+  int dot_width;        // numbers in whose room `arrange_for_dot` puts them
 
   int64_t panel() const { return int64_t{tile_vectors} * lanes; }
   int64_t tile_rows(int64_t vectors) const { return std::min(kMaxTileRows, accumulators / vectors); }
@@ -76,16 +75,10 @@ struct Kernels {
   // zero.
   void (*pack_pairs_transposed)(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Real* q) = nullptr;
 
-  // c[i * ldc + j * stride] = <a[i], w[j]> for i < rows and j < columns <= dot_columns[rows - 1], over k elements,
-  // which may be one part of all: the parts before and after it share `sums`, kMaxDotRows * kMaxTileRows vectors. a is
-  // arranged (below), w is not. While element x of a row of w is read, x + ahead is fetched, wherever that is; 0
-  // fetches nothing.
-  void (*dot)(int rows, int columns, const Real* const* a, const Storage* const* w, int64_t k, Real* sums, DotPart part,
-              Real* c, int64_t ldc, int64_t stride, int64_t ahead);
-  // The same for `rows` <= kMaxStreamRows and any number of columns, w + j * stride, over k elements; kAdd adds to c,
-  // and no other sums are kept. `next` is what will be read after the last column, or anything: it is only fetched.
-  void (*dot_stream)(int rows, int64_t columns, const Real* const* a, const Storage* w, int64_t stride, int64_t k,
-                     const Storage* next, Real* c, int64_t ldc, TileStore how);
+  // c[i, j] (+)= <a_i, w + j * stride> for i < rows <= kMaxDotRows and j < columns, over k elements. The rows a_i are
+  // arranged (below), w is not. `next` is the w of the call after this one, or null: it is only fetched.
+  void (*dot)(int rows, int64_t columns, const Real* a, const Storage* w, int64_t stride, int64_t k,
+              const Storage* next, Real* c, int64_t ldc, TileStore how);
   // c[i, j] (+)= <a[i], w + j * stride> for i < rows <= most_fours_rows and j < columns <= tile_rows(ceil(rows /
   // kRowsOfVector)), over k numbers; w is read where it lies, q is what pack_fours makes of a.
   void (*dot_fours)(int rows, int columns, const Real* q, const Real* w, int64_t stride, int64_t k, Real* c,
@@ -96,9 +89,9 @@ struct Kernels {
   // [ceil(k / depth)][ceil(m / kRowsOfVector)] vectors, of `depth` = lanes / kRowsOfVector numbers, or pairs, of each
   // row; what pads m and k is zero.
   void (*pack_fours)(const Real* const* rows, int64_t m, int64_t k, Real* q);
-  // Widens a row of n elements into the order in which `dot` multiplies it, padded with zeros to a multiple of
-  // dot_step.
-  void (*arrange_for_dot)(const Storage* src, int64_t n, Real* dst);
+  // Widens a row of n elements into steps, `stride` apart, the last one padded with zeros. Of several rows, the first
+  // step of each comes first, then the second of each, and so on: one stream.
+  void (*arrange_for_dot)(const Storage* src, int64_t n, Real* dst, int64_t stride);
 
   // q[x, i] = rows[i][x] for x < k and i < m; columns m .. width of q are zero.
   void (*pack_transposed)(const Storage* const* rows, int64_t m, int64_t k, int64_t width, Real* q);
