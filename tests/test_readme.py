@@ -71,13 +71,24 @@ def test_named_places_exist():
     assert [place for place in named if not (ROOT / place).exists()] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_links_lead_somewhere(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!http)([^)#]*)(?:#[\w-]+)?\)", text):
-        assert not target or (ROOT / target).is_file(), target
-    own = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
-    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= own
+def titles_of(page):
+    """The anchors that a page's titles make."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([\w-]+))?\)", page.read_text(encoding="utf-8")):
+        to = page.parent / target if target else page
+        assert to.is_file(), target
+        assert not anchor or anchor in titles_of(to), anchor
+
+
+def test_every_benchmark_is_listed():
+    listed = set(re.findall(r"^\| `(bench_\w+\.py)`", (ROOT / "benchmarks/README.md").read_text(), re.MULTILINE))
+    assert listed == {program.name for program in (ROOT / "benchmarks").glob("bench_*.py")}
 
 
 def test_make_targets_exist():
