@@ -172,20 +172,6 @@ def expected_weights(case, model, logits, bias):
     return torch.stack(tokens)
 
 
-FORMULAS = (
-    "jamba",
-    "dbrx",
-    "dbrx norm 2",
-    "dbrx no norm",
-    "llama4",
-    "llama4 top-2",
-    "jetmoe",
-    "switch",
-    "phimoe",
-    "nllb",
-)
-
-
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("nllb ")])
 def test_chosen_with_the_bias_and_weighed_without(case):
     model = tiny(case)

@@ -13,7 +13,7 @@ collectives of ``torch.distributed`` on whatever backend the group has.
   ``ProcessGroup``, or a ``DeviceMesh`` of one dimension or with one named ``ep``.
 """
 
-from torch_moe.distributed import experts  # its operators get their implementations by being imported
+import torch_moe.distributed.experts  # noqa: F401  # its operators get their implementations by being imported
 from torch_moe.distributed.balance import count_moves, placement_of, rank_loads, solve_placement
 from torch_moe.distributed.checkpoint import ExpertShards, expert_shards
 from torch_moe.distributed.exchange import check_splits
@@ -40,7 +40,6 @@ __all__ = [
     "clip_grad_norm_",
     "count_moves",
     "expert_shards",
-    "experts",
     "guard",
     "measure_exchange",
     "move_experts",

@@ -8,6 +8,7 @@ of the others, and :func:`without_ranks` a placement for it.
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -70,14 +71,14 @@ def agree_on_survivors(
     """
     prefix = f"{_KEY}/{round_name}"
     store.set(f"{prefix}/{rank}", "1")
-    deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
+    deadline = time.monotonic() + timeout
     there = [rank]
     for other in ranks:
         if other == rank:
             continue
-        left = max(deadline - datetime.datetime.now(), datetime.timedelta(milliseconds=1))
+        left = max(deadline - time.monotonic(), 0.001)
         try:
-            store.wait([f"{prefix}/{other}"], left)
+            store.wait([f"{prefix}/{other}"], datetime.timedelta(seconds=left))
         except RuntimeError:  # DistStoreError: not there in time
             continue
         there.append(other)

@@ -243,10 +243,6 @@ class TopKRouter(nn.Module):
             **options,
         )
 
-    def project(self, hidden_states: Tensor, router_state: Tensor | None = None) -> Tensor:
-        """Return the logits (num_tokens, num_experts + num_shared_sinks) in fp32, with jitter and noise in training."""
-        return self._project(hidden_states, router_state)[0]
-
     def noise(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Return what ``noisy`` adds noise to, and how much, for :func:`torch_moe.losses.load_loss`.
 
@@ -282,6 +278,7 @@ class TopKRouter(nn.Module):
             return logits[:, : config.num_choices].to(dtype), self._noise_std(x)[:, : config.num_choices]
 
     def _project(self, hidden_states: Tensor, router_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the logits (num_tokens, num_experts + num_shared_sinks) in fp32, with jitter and noise in training."""
         x, dtype = self._widened(hidden_states)
         with without_autocast(hidden_states.device.type):
             x = self._seen(x)
