@@ -23,15 +23,19 @@ REPORT = re.compile(
 )
 
 
+def compile_source(source, *options):
+    """Run nvcc for sm_90a."""
+    includes = ["-I", ROOT / "cpp/include", "-I", ROOT / "cuda"]
+    command = [NVCC, "-std=c++20", "-O3", *includes, "-gencode", "arch=compute_90a,code=sm_90a", *options, source]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc (it needs no GPU)")
 @pytest.mark.parametrize("source", sorted(ROOT.glob("cuda/*_sm90*.cu")), ids=lambda path: path.stem)
 def test_no_spill_and_nothing_serialised(source, tmp_path):
     """Compile for sm_90a and read the assembler's report."""
-    includes = ["-I", ROOT / "cpp/include", "-I", ROOT / "cuda"]
-    target = ["-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-c", "-o", tmp_path / "out.o"]
-    command = [NVCC, "-std=c++20", "-O3", *includes, *target, source]
-    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    result = compile_source(source, "-Xptxas", "-v", "-c", "-o", tmp_path / "out.o")
     report = result.stdout + result.stderr
     assert result.returncode == 0, report
     assert "(C75" not in report, f"ptxas serialised a wgmma or ignored a setmaxnreg:\n{report}"
@@ -44,3 +48,19 @@ def test_no_spill_and_nothing_serialised(source, tmp_path):
         assert int(kernel["registers"]) <= MOST_REGISTERS, name
         assert int(kernel["stack"]) <= allowed[0], f"{name}: {kernel['stack']} bytes of stack"
         assert int(kernel["stores"]) == int(kernel["loads"]) == 0, f"{name} spills"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc (it needs no GPU)")
+@pytest.mark.parametrize("name", ["grouped_gemm_sm90_few", "experts_sm90_few"])
+def test_what_is_read_once_is_evicted_first(name, tmp_path):
+    """Every load of a weight has the policy; no emulator and no result tells."""
+    result = compile_source(ROOT / f"cuda/{name}.cu", "-ptx", "-o", tmp_path / "out.ptx")
+    assert result.returncode == 0, result.stderr
+    instructions = (tmp_path / "out.ptx").read_text().replace("\n", " ").split(";")
+    loads = [line for line in instructions if "cp.async.bulk.tensor.3d.shared" in line]
+    assert loads
+    assert all(".L2::cache_hint" in line for line in loads)
+    policies = [line for line in instructions if "createpolicy" in line]
+    assert policies
+    assert all("createpolicy.fractional.L2::evict_first.b64" in line and " 1.0" in line for line in policies)

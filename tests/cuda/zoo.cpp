@@ -219,6 +219,7 @@ __global__ void registers_of_nobody(float*) {
     ptx::setmaxnreg_inc<176>();
 }
 __global__ void registers_released_upwards(float*) { ptx::setmaxnreg_dec<232>(); }
+__global__ void registers_taken_downwards(float*) { ptx::setmaxnreg_inc<160>(); }
 __global__ void cluster_arrives_twice(float*) {
   ptx::cluster_arrive();
   ptx::cluster_arrive();
@@ -286,6 +287,7 @@ TEST(wrong_threads) {
 TEST(wrong_registers) {
   expect("registers of nobody", registers_of_nobody, always("wait in setmaxnreg.inc"), {.threads = 384});
   expect("registers released upwards", registers_released_upwards, always("by a warp that has 168"), {.threads = 384});
+  expect("registers taken downwards", registers_taken_downwards, always("by a warp that has 168"), {.threads = 384});
 }
 
 TEST(wrong_copies) {

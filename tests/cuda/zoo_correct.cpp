@@ -130,6 +130,18 @@ __global__ void last_block_acquires(float* g) {
   __syncthreads();
   if (last[0] && thread() < 32) g[64 + thread()] = g[thread()];
 }
+// The first warpgroup releases registers when the others mostly wait for them.
+__global__ void registers_handed_over(float* g) {
+  if (thread() >= 128) {
+    ptx::bar_arrive(1, 384);
+    ptx::setmaxnreg_inc<192>();
+  } else {
+    ptx::bar_sync(1, 384);
+    for (int i = 0; i < 100; ++i) __syncwarp();
+    ptx::setmaxnreg_dec<120>();
+  }
+  if (thread() < kFloats) g[thread()] = 1;
+}
 __global__ void cluster_neighbours(float* g) {
   SMEM_DYN(float, s);
   if (thread() == 0) {
@@ -153,6 +165,7 @@ TEST(correct_kernels) {
   expect_silence("cp.async ring", cp_async_ring);
   expect_silence("mbarrier ring", mbarrier_ring);
   expect_silence("bulk store twice", bulk_store_twice);
+  expect_silence("registers handed over", registers_handed_over, {.threads = 384});
   expect_silence("flag released and acquired", flag_released_and_acquired, {.blocks = 2, .threads = 32});
   expect_silence("flag handed on", flag_handed_on, {.blocks = 3});
   expect_silence("last block with fence", last_block_with_fence, {.blocks = 4});

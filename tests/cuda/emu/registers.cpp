@@ -41,11 +41,10 @@ void setmaxnreg(bool takes, int count, const Where& where) {
   if (!takes) return;
   Warp* warp = current->warp;
   Block* block = warp->block;
-  while (warp->registers < count && block->free_registers < 32 * (count - warp->registers)) {
+  while (block->free_registers < 32 * (count - warp->registers)) {  // of 0, once another lane came first
     block->want_registers.push_back(current);
     wait_for("setmaxnreg.inc", where);
   }
-  if (warp->registers >= count) return;  // another lane came first
   block->free_registers -= 32 * (count - warp->registers);
   warp->registers = count;
 }
