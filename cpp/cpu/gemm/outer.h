@@ -10,6 +10,15 @@
 
 namespace moe::MOE_ISA {
 
+// c + ldc, where the compiler cannot see that: it would compute the addresses of all vectors of a tile before the first
+// product, and keep them on the stack. A third of the time of a tile of eight products.
+template <typename Real>
+__attribute__((always_inline)) inline Real* next_row(Real* c, int64_t ldc) {
+  c += ldc;
+  asm("" : "+r"(c));
+  return c;
+}
+
 // One piece of a tile's width: `Rows` x `Vectors` vectors of `Bytes`.
 template <typename Real, bool Pairs, int Rows, int Vectors, int Bytes>
 struct TilePart {
@@ -29,9 +38,9 @@ struct TilePart {
   }
   void begin(const Real* c, int64_t ldc, bool add) {
 #pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
+    for (int i = 0; i < Rows; ++i, c = next_row(c, ldc)) {
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) sums[i][j] = add ? load(c + i * ldc + j * kLanes) : V{};
+      for (int j = 0; j < Vectors; ++j) sums[i][j] = add ? load(c + j * kLanes) : V{};
     }
   }
   __attribute__((always_inline)) void read(const Real* q) {
@@ -50,10 +59,10 @@ struct TilePart {
   }
   void end(Real* c, int64_t ldc, bool past_caches) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
+    for (int i = 0; i < Rows; ++i, c = next_row(c, ldc)) {
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) {
-        Real* out = c + i * ldc + j * kLanes;
+        Real* out = c + j * kLanes;
         if constexpr (Bytes == MOE_VECTOR_BYTES) {
           past_caches ? stream(out, sums[i][j]) : store(out, sums[i][j]);
         } else {
