@@ -33,10 +33,11 @@ class DownBackwardWorker {
   }
 
   DownBackwardWorker(const Experts<Storage>& experts, const DownBackward<Storage>& args, const std::vector<Unit>& units,
-                     int64_t max_rows, Arena& arena)
+                     int64_t max_rows, int64_t threads, Arena& arena)
       : experts_(experts),
         args_(args),
         units_(units),
+        threads_(threads),
         gemm_(experts.table, arena, max_rows, experts.hidden, kColumnsPerUnit) {
     c_ = arena.take<Real>(max_rows * kColumnsPerUnit);
     buffers_ = arena.take<Real>(kBuffers * kColumnsPerUnit);
@@ -50,12 +51,19 @@ class DownBackwardWorker {
                       experts_.layer.row_invariant);
       loaded_ = rows.first;
     }
-    gemm_.multiply(weight, Columns{{begin, 0}, count, 1}, c_, kColumnsPerUnit);
+    gemm_.multiply(weight, Columns{{begin, 0}, count, 1}, c_, kColumnsPerUnit, upcoming(index + threads_));
     for (int64_t i = 0; i < rows.rows; ++i) finish_row(rows.first + i, block, begin, count, c_ + i * kColumnsPerUnit);
   }
 
  private:
   static constexpr int64_t kBuffers = 7;
+
+  // The column of the weight with which a unit begins: this thread's next one, where units take about equally long.
+  const Storage* upcoming(int64_t index) const {
+    if (index >= static_cast<int64_t>(units_.size())) return nullptr;
+    const Unit& unit = units_[index];
+    return transposed(experts_.down_proj(unit.rows.expert)).column(unit.begin);
+  }
 
   void finish_row(int64_t r, int64_t block, int64_t begin, int64_t count, Real* p) {
     const auto buffer = [&](int64_t i) { return buffers_ + i * kColumnsPerUnit; };
@@ -83,6 +91,7 @@ class DownBackwardWorker {
   const Experts<Storage>& experts_;
   const DownBackward<Storage>& args_;
   const std::vector<Unit>& units_;
+  int64_t threads_;
   BlockGemm<Storage> gemm_;
   Real *c_, *buffers_;
   int64_t loaded_ = -1;  // first row of the block that gemm_ holds
@@ -94,8 +103,9 @@ bool down_backward(const Experts<Storage>& experts, const DownBackward<Storage>&
   const auto units = units_of(row_blocks(experts.offsets.data(), experts.layer.plan.num_experts, max_rows),
                               experts.intermediate, DownBackwardWorker<Storage>::kColumnsPerUnit);
   return run_units(pool, static_cast<int64_t>(units.size()),
-                   DownBackwardWorker<Storage>::scratch_bytes(experts, max_rows),
-                   [&](Arena& arena) { return DownBackwardWorker<Storage>(experts, args, units, max_rows, arena); });
+                   DownBackwardWorker<Storage>::scratch_bytes(experts, max_rows), [&](Arena& arena) {
+                     return DownBackwardWorker<Storage>(experts, args, units, max_rows, pool.num_threads(), arena);
+                   });
 }
 
 // ds[t, k] = its parts, added in order (+ <dO_t, b2_e>); 0 for a slot without a row.

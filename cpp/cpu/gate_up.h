@@ -53,12 +53,11 @@ class GateUpWorker {
   }
 
  private:
-  // The row of the weight with which a unit begins: this thread's next one, where units take about equally long.
+  // The column of the weight with which a unit begins: this thread's next one, where units take about equally long.
   const Storage* upcoming(int64_t index) const {
     if (index >= static_cast<int64_t>(units_.size())) return nullptr;
     const Unit& unit = units_[index];
-    return experts_.gate_up_proj(unit.rows.expert).data +
-           experts_.layout.columns(unit.begin, unit.count).begin[0] * experts_.hidden;
+    return experts_.gate_up_proj(unit.rows.expert).column(experts_.layout.columns(unit.begin, unit.count).begin[0]);
   }
 
   void add_bias(const RowBlock& rows, const Columns& columns, int run) {

@@ -79,20 +79,24 @@ class TokenReducer {
   static constexpr int64_t kMostColumns = 256, kGrain = Columns::kPadding;
   static constexpr int64_t kSumBytes = 4 << 20;
 
-  // The row of the weight with which the next expert that has rows begins.
+  // The column of the weight with which the next expert that has rows begins.
   const Storage* after(int64_t expert, int64_t begin) const {
     const auto& offsets = experts_.offsets;
     const int64_t num_experts = experts_.layer.plan.num_experts;
     do ++expert;
     while (expert < num_experts && offsets[expert] == offsets[expert + 1]);
-    return expert < num_experts ? (experts_.*args_.weight)(expert).data + begin * args_.k : nullptr;
+    return expert < num_experts ? weight(expert).column(begin) : nullptr;
+  }
+
+  Weight<Storage> weight(int64_t expert) const {
+    const Weight<Storage> weight = (experts_.*args_.weight)(expert);
+    return args_.transpose_weight ? transposed(weight) : weight;
   }
 
   void add_rows(int64_t expert, int64_t first, int64_t rows, int64_t begin, int64_t count) {
-    Weight<Storage> weight = (experts_.*args_.weight)(expert);
-    if (args_.transpose_weight) weight = transposed(weight);
-    gemm_.load_rows(args_.rows + first, rows, args_.k, weight.layout, experts_.layer.row_invariant);
-    gemm_.multiply(weight, Columns{{begin, 0}, count, 1}, c_, columns_, after(expert, begin));
+    const Weight<Storage> factor = weight(expert);
+    gemm_.load_rows(args_.rows + first, rows, args_.k, factor.layout, experts_.layer.row_invariant);
+    gemm_.multiply(factor, Columns{{begin, 0}, count, 1}, c_, columns_, after(expert, begin));
     if (args_.bias != nullptr) {
       experts_.table.widen_row(args_.bias + expert * experts_.hidden + begin, count, bias_);
     }

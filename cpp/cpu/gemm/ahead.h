@@ -14,7 +14,7 @@ class RowsAhead {
   RowsAhead(const void* first, int64_t rows, int64_t stride, int64_t bytes, int64_t steps)
       : row_(static_cast<const char*>(first)), rows_left_(first == nullptr ? 0 : rows), stride_(stride) {
     const int64_t lines = ceil_div(bytes, kCacheLine);
-    while (lines_ < kMostLines && ceil_div(lines, lines_) * rows > steps) lines_ *= 2;
+    while (lines_ < kMostLines && ceil_div(lines, lines_) * rows > steps) ++lines_;
     steps_ = ceil_div(lines, lines_);
   }
 

@@ -52,6 +52,8 @@ struct Weight {
   const Storage* data;
   int64_t n, k;
   WeightLayout layout;
+
+  const Storage* column(int64_t j) const { return data + (layout == WeightLayout::kOutIn ? j * k : j); }
 };
 
 // Up to two runs of columns: the gate and the up columns of a block lie apart in the concat layout.
@@ -130,7 +132,7 @@ class BlockGemm {
   }
 
   // c[i * ldc + columns.offset(run) + j]; ldc >= columns.width(). Columns of padding hold anything.
-  // `next` is the row of the weight, or of another, with which the next call will begin, if that is known.
+  // `next` is the column of the weight, or of another, with which the next call will begin, if that is known.
   void multiply(const Weight<Storage>& weight, const Columns& columns, Real* c, int64_t ldc,
                 const Storage* next = nullptr) {
     for (int run = 0; run < columns.runs; ++run) {
@@ -139,7 +141,7 @@ class BlockGemm {
         for (int64_t i = 0; i < m_; ++i) std::fill_n(out + i * ldc, columns.count, Real(0));
         continue;
       }
-      const Storage* after = run + 1 < columns.runs ? weight.data + columns.begin[run + 1] * k_ : next;
+      const Storage* after = run + 1 < columns.runs ? weight.column(columns.begin[run + 1]) : next;
       switch (kernel_) {
         case GemmKernel::kDot:
           multiply_dot(weight, columns.begin[run], columns.count, out, ldc, after);
@@ -151,7 +153,7 @@ class BlockGemm {
           multiply_tokens_in_lanes(weight, columns.begin[run], columns.count, out, ldc);
           break;
         case GemmKernel::kColumnsInLanes:
-          multiply_columns_in_lanes(weight, columns.begin[run], columns.count, out, ldc);
+          multiply_columns_in_lanes(weight, columns.begin[run], columns.count, out, ldc, after);
           break;
         case GemmKernel::kTiles:
           multiply_tiles(weight, columns.begin[run], columns.count, out, ldc);
@@ -165,10 +167,8 @@ class BlockGemm {
   static constexpr int64_t kCachedBytes = 512 << 10;  // of packed rows at a time: they stay in the second-level cache
   // Contracted elements at a time. Of dot products: so many that a block of all rows stays in the first-level cache,
   // beside a few rows of the weight. Of rows of the weight that are widened first: the same, for one tile's rows. Of
-  // those that are read where they lie: so many that two blocks stay in the second-level cache, wherever they lie.
-  static constexpr int64_t kDepth = 512, kColumnsDepth = 128, kInPlaceDepth = 64;
-  // The most rows for which reading the weight from the second-level cache again and again beats packing it.
-  static constexpr int64_t kMaxInPlaceRows = 16;
+  // in_out: so many that two blocks stay in the second-level cache.
+  static constexpr int64_t kDepth = 512, kColumnsDepth = 128;
   static constexpr int64_t kTilesDepth = 2 * kColumnsDepth;  // of half the width
   static constexpr int64_t kPieceBytes = 64 << 10;           // of a weight that several tiles read, one after the other
 
@@ -318,21 +318,24 @@ class BlockGemm {
     }
   }
 
-  // A strip of the weight at a time, while the next one is fetched. It is packed into panels that stay in the
-  // first-level cache; few rows of numbers read it where it lies.
-  void multiply_columns_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc) {
+  // A strip of the weight at a time, while the next one is fetched. Few rows of numbers read it where it lies; else, or
+  // if it ends within a vector, it is packed into panels that stay in the first-level cache.
+  void multiply_columns_in_lanes(const Weight<Storage>& weight, int64_t begin, int64_t count, Real* c, int64_t ldc,
+                                 const Storage* next) {
     const bool in_place =
-        std::is_same_v<Storage, Real> && m_ <= kMaxInPlaceRows && count % kernels_.lanes == 0;  // nothing is padded
+        std::is_same_v<Storage, Real> && m_ <= kernels_.most_in_place_rows && count % kernels_.lanes == 0;
     const int64_t widest = (in_place ? vectors_in_place() : kernels_.tile_vectors) * kernels_.lanes;
-    const int64_t panels = ceil_div(count, widest), most_depth = in_place ? kInPlaceDepth : kColumnsDepth;
+    const int64_t panels = ceil_div(count, widest), most_depth = kColumnsDepth * packing();
     const Real* a[kMaxTileRows];
-    for (int64_t k0 = 0, depth; k0 < packed_depth(); k0 += depth) {
-      depth = std::min(most_depth, packed_depth() - k0);
-      const int64_t later = (k0 + depth) * packing(), tiles = ceil_div(m_, kernels_.tile_rows(widest / kernels_.lanes));
-      RowsAhead ahead(weight.data + later * weight.n + begin, std::min(depth * packing(), k_ - later),
+    for (int64_t x0 = 0, later; x0 < k_; x0 = later) {
+      later = std::min(x0 + most_depth, k_);
+      const int64_t k0 = x0 / packing(), depth = (later - x0) / packing();
+      const int64_t tiles = ceil_div(m_, kernels_.tile_rows(widest / kernels_.lanes));
+      RowsAhead ahead(later < k_ ? weight.column(begin) + later * weight.n : next,
+                      std::min(most_depth, later < k_ ? k_ - later : k_),
                       weight.n * static_cast<int64_t>(sizeof(Storage)), count * static_cast<int64_t>(sizeof(Storage)),
                       panels * tiles * depth);
-      if (!in_place) pack_strip(weight, begin, count, k0 * packing(), depth * packing());
+      if (!in_place) pack_strip(weight, begin, count, x0, later - x0);
       for (int64_t j = 0; j < count; j += widest) {
         const int64_t vectors = ceil_div(std::min(widest, count - j), kernels_.lanes);
         const int64_t tiles = ceil_div(m_, kernels_.tile_rows(vectors)), ldq = in_place ? weight.n : widest;

@@ -35,7 +35,7 @@ inline constexpr int64_t kStreamAlignment = 64;
 
 inline constexpr int64_t kCacheLine = 64;
 
-// What a tile fetches into the second-level cache while it computes: `lines` cache lines a step, 1, 2 or 4, from `at`
+// What a tile fetches into the second-level cache while it computes: `lines` cache lines a step, 1 to 4, from `at`
 // on. After `left` steps it goes on `skip` bytes further, and so after every `steps` more.
 struct Fetch {
   const char* at = nullptr;  // null: nothing
@@ -48,13 +48,14 @@ template <typename Storage>
 struct Kernels {
   using Real = Wide<Storage>;
 
-  int lanes;            // Real values per vector
-  int narrow_lanes;     // of the vector that a tile may end with: half as many, or the same
-  int accumulators;     // vectors of a tile that fit in registers: rows * vectors <= accumulators
-  int tile_vectors;     // widest tile of `outer`, in vectors
-  int most_fours_rows;  // of `dot_fours`; of more, the panels of `outer` waste few lanes; 0: there is none
-  int dot_step;         // elements of a row that `dot` multiplies at a time
-  int dot_width;        // numbers in whose room `arrange_for_dot` puts them
+  int lanes;               // Real values per vector
+  int narrow_lanes;        // of the vector that a tile may end with: half as many, or the same
+  int accumulators;        // vectors of a tile that fit in registers: rows * vectors <= accumulators
+  int tile_vectors;        // widest tile of `outer`, in vectors
+  int most_fours_rows;     // of `dot_fours`; of more, the panels of `outer` waste few lanes; 0: there is none
+  int most_in_place_rows;  // for which `outer` reads an in_out weight where it lies faster than packed
+  int dot_step;            // elements of a row that `dot` multiplies at a time
+  int dot_width;           // numbers in whose room `arrange_for_dot` puts them
 
   int64_t panel() const { return int64_t{tile_vectors} * lanes; }
   int64_t tile_rows(int64_t vectors) const { return std::min(kMaxTileRows, accumulators / vectors); }

@@ -76,7 +76,8 @@ struct TilePart {
 __attribute__((always_inline)) inline void fetch_step(Fetch& fetch) {
   fetch_early(fetch.at);
   if (fetch.lines > 1) fetch_early(fetch.at + kCacheLine);
-  if (fetch.lines > 2) fetch_early(fetch.at + 2 * kCacheLine), fetch_early(fetch.at + 3 * kCacheLine);
+  if (fetch.lines > 2) fetch_early(fetch.at + 2 * kCacheLine);
+  if (fetch.lines > 3) fetch_early(fetch.at + 3 * kCacheLine);
   fetch.at += fetch.lines * kCacheLine;
   if (--fetch.left == 0) {
     fetch.at += fetch.skip;

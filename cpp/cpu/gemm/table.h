@@ -1,6 +1,8 @@
 // Builds the tables of one instruction set from the templates beside this file.
 #pragma once
 
+#include <limits>
+
 #include "gemm/activate.h"
 #include "gemm/dot.h"
 #include "gemm/dot_fours.h"
@@ -22,6 +24,7 @@ const Kernels<Storage>& table() {
       .tile_vectors = MOE_TILE_VECTORS,
       // benchmarks/bench_grouped_gemm.py shows both sides.
       .most_fours_rows = kMostFoursRows<Real>,
+      .most_in_place_rows = MOE_ACCUMULATORS >= 24 ? std::numeric_limits<int>::max() : 16,
       .dot_step = kDotStep<Storage>,
       .dot_width = kDotParts<Storage> * kLanes<Real>,
       .outer = outer<Real, false>,
