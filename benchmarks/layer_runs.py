@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import layer_transformers
+import torch
 from layer_cases import Case, Target
 from layer_machine import Bench, make_flush, using_isa
 
@@ -119,6 +120,7 @@ def run_cases(
     with (
         bench.display.progress(f"{largest.name}, {dtype}: {len(calls)} timings, {rounds} rounds") as on_sample,
         using_isa(isas[0]),
+        torch.no_grad(),
     ):
         before_sample = bench.between_rounds(on_sample)
         timings = interleave(calls, rounds=rounds, prepare=prepare, observe=bench.paired, on_sample=before_sample)

@@ -42,17 +42,17 @@ class Candidate:
     is_dense: bool = False  # a function of its own; the others compute the layer's
 
     def forward_call(self, problem: Problem) -> Callable[[], object]:
-        """Return what is timed for the forward: inference, no graph."""
-
-        def call() -> object:
-            with torch.no_grad():
-                return self.forward(problem.hidden_states)
-
-        return call
+        """Return what is timed for the forward, under ``no_grad``: a model enters that once, not for each layer."""
+        return lambda: self.forward(problem.hidden_states)
 
     def backward_call(self, problem: Problem) -> Callable[[], object]:
         """Return what is timed for forward and backward: gradients of the input and of every parameter."""
-        return lambda: self.gradients(problem.hidden_states, problem.grad_output)[1]
+
+        def call() -> object:
+            with torch.enable_grad():
+                return self.gradients(problem.hidden_states, problem.grad_output)[1]
+
+        return call
 
     def gradients(
         self, hidden_states: torch.Tensor, grad_output: torch.Tensor

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import gc
 
+import torch
+
 from torch_moe import _C
 from torch_moe.cli import floor, machine, report
 from torch_moe.cli.candidates import K_DENSE, TORCH_MOE, Candidate, make_candidates
@@ -128,7 +130,7 @@ def _time(
 ) -> dict[str, Timing]:
     backward = direction == FORWARD_BACKWARD
     calls = {c.name: c.backward_call(problem) if backward else c.forward_call(problem) for c in candidates}
-    with display.progress(f"timing {direction}") as on_sample:
+    with display.progress(f"timing {direction}") as on_sample, torch.no_grad():
         return interleave(calls, rounds=options.rounds, budget=budget, on_sample=on_sample, observe=observe)
 
 
