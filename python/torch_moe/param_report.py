@@ -58,11 +58,33 @@ class ParamReport:
         return sum(parts) + self.other
 
     def weight_bytes(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Return the memory of the weights in ``dtype``."""
+        """Return the memory of the weights.
+
+        Parameters
+        ----------
+        dtype : torch.dtype, default=torch.bfloat16
+            Of the weights.
+
+        Returns
+        -------
+        int
+            Bytes.
+        """
         return self.total * dtype.itemsize
 
     def training_bytes(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Return the memory of weights, gradients in the same dtype, and AdamW's fp32 states, without activations."""
+        """Return the memory of weights, gradients, AdamW's fp32 states and master weights, without activations.
+
+        Parameters
+        ----------
+        dtype : torch.dtype, default=torch.bfloat16
+            Of weights and gradients.
+
+        Returns
+        -------
+        int
+            Bytes.
+        """
         master = _MASTER_BYTES if dtype.itemsize < _MASTER_BYTES else 0
         return self.total * (2 * dtype.itemsize + master + _MOMENT_BYTES)
 

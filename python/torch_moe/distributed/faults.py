@@ -64,6 +64,11 @@ def agree_on_survivors(
     round_name : str, default="0"
         Names the occasion: another for each time it is asked.
 
+    Returns
+    -------
+    list of int
+        The ranks that answered, ascending.
+
     Raises
     ------
     RuntimeError

@@ -159,7 +159,18 @@ class ShardedExperts(nn.Module):
         return Sent(hidden_states, topk_weights, plan, counts, received)
 
     def finish(self, sent: Sent) -> Tensor:
-        """Compute what arrived and return the tokens' weighted sums (num_tokens, hidden_size)."""
+        """Compute what arrived, and sum what comes back.
+
+        Parameters
+        ----------
+        sent : Sent
+            What :meth:`send` returned, once.
+
+        Returns
+        -------
+        Tensor of shape (num_tokens, hidden_size)
+            The weighted sums of this rank's tokens.
+        """
         dtype = autocast_dtype(sent.hidden_states)
         parameters = [None if parameter is None else local(parameter) for parameter in self._parameters.values()]
         if dtype is not None:

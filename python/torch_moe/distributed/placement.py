@@ -27,7 +27,20 @@ class Placement(NamedTuple):
 
     @classmethod
     def identity(cls, num_experts: int, ep_size: int) -> Placement:
-        """Return the placement of ``DTensor``'s ``Shard(0)``: each rank the next ``ceil(num_experts / ep_size)``."""
+        """Return the placement of ``DTensor``'s ``Shard(0)``: each rank the next ``ceil(num_experts / ep_size)``.
+
+        Parameters
+        ----------
+        num_experts : int
+            Experts of all ranks.
+        ep_size : int
+            Number of ranks.
+
+        Returns
+        -------
+        Placement
+            With one replica of each expert.
+        """
         table = torch.arange(num_experts, dtype=torch.int32).unsqueeze(1)
         return cls(table, -(-num_experts // ep_size))
 
@@ -37,9 +50,18 @@ class Placement(NamedTuple):
         return self.table.shape[0]
 
     def experts_of(self, rank: int) -> list[int]:
-        """Return which expert each physical expert of a rank holds, in order; ``-1`` for one that is nobody's.
+        """Return which expert each physical expert of a rank holds.
 
-        Those at the end that are nobody's are left out: the list is as long as the rank's weights.
+        Parameters
+        ----------
+        rank : int
+            Of the group.
+
+        Returns
+        -------
+        list of int
+            In order; -1 for one that is nobody's. Those at the end that are nobody's are left out: the list is as long
+            as the rank's weights.
         """
         held = [-1] * self.num_local_experts
         first = rank * self.num_local_experts

@@ -28,7 +28,15 @@ _LEAST_GAIN = 0.05
 
 
 class ExchangeCost(NamedTuple):
-    """What an exchange costs: ``latency + bytes / bandwidth``, in seconds and bytes per second."""
+    """What an exchange costs: ``latency + bytes / bandwidth``.
+
+    Attributes
+    ----------
+    latency : float
+        Seconds that any exchange takes.
+    bandwidth : float
+        Bytes per second that leave a rank.
+    """
 
     latency: float
     bandwidth: float

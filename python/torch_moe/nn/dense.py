@@ -59,7 +59,18 @@ class DenseFFN(nn.Module):
         self.down_proj.reset_parameters()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return a tensor of the shape of ``hidden_states`` (..., hidden_size)."""
+        """Apply the network to each token.
+
+        Parameters
+        ----------
+        hidden_states : Tensor of shape (..., hidden_size)
+            The tokens, in the dtype of the parameters.
+
+        Returns
+        -------
+        Tensor of shape (..., hidden_size), same dtype
+            Its outputs.
+        """
         rows = self._activate(self.gate_up_proj(hidden_states.reshape(-1, hidden_states.shape[-1])))
         output: Tensor = self.down_proj(rows)
         return output.view(hidden_states.shape)
@@ -124,10 +135,24 @@ class SharedExperts(DenseFFN):
             self.gate.reset_parameters()
 
     def forward(self, hidden_states: Tensor, shared_weights: Tensor | None = None) -> Tensor:
-        """Return a tensor of the shape of ``hidden_states`` (..., hidden_size).
+        """Apply the shared experts to each token.
 
-        ``shared_weights`` (..., num_shared_sinks) are the router's, for ``gate="router"``; without them it raises
-        ValueError.
+        Parameters
+        ----------
+        hidden_states : Tensor of shape (..., hidden_size)
+            The tokens, in the dtype of the parameters.
+        shared_weights : Tensor of shape (..., num_shared_sinks), default=None
+            The router's weights of the shared experts, for ``gate="router"``.
+
+        Returns
+        -------
+        Tensor of shape (..., hidden_size), same dtype
+            Their outputs, weighed as the config's ``gate`` says.
+
+        Raises
+        ------
+        ValueError
+            If ``gate="router"`` and there are no ``shared_weights``.
         """
         if self.is_weighed:
             require("SharedExperts", shared_weights is not None, 'gate="router" needs shared_weights, got None')

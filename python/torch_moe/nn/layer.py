@@ -149,6 +149,11 @@ class MoE(nn.Module):
             For example the ``moe`` of one of :data:`torch_moe.presets.PRESETS`.
         device, dtype
             Of the parameters.
+
+        Returns
+        -------
+        MoE
+            With parameters drawn as the class says.
         """
         layer = cls.__new__(cls)
         layer._build(config, device, dtype)
@@ -291,7 +296,18 @@ class MoE(nn.Module):
         return output if self.output_norm is None else self.output_norm(output)
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Return the slots an expert takes at most of ``num_tokens`` tokens, or None for all."""
+        """Return the slots an expert takes at most.
+
+        Parameters
+        ----------
+        num_tokens : int
+            Tokens of a call, or of a sequence with ``capacity_scope="sequence"``.
+
+        Returns
+        -------
+        int or None
+            ``ceil(capacity_factor * num_tokens * top_k / num_experts)``, or ``capacity``; None: nothing is dropped.
+        """
         return self.router.capacity(num_tokens)
 
     def _identity(self, tokens: Tensor, routed: RouterOutput | ExtendedRouterOutput) -> Tensor:
