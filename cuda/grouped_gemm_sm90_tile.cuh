@@ -134,7 +134,9 @@ __device__ __forceinline__ void finalise() {
   if (Tile::kBlocks > 1 && !MOE_BUG(grouped_gemm_sm90, 29)) ptx::cluster_sync();
 }
 
-// By one thread of a warp that has read a stage for the last time: the blocks that write to it may do so again.
+// By one thread of a warp that has read a stage for the last time: the blocks that write to it may do so again. Where
+// the blocks share no weight, one may be a round ahead and arrive at the other's barrier before that one's producer has
+// seen the last phase end. It still sees it: the phase that the arrival counts for waits for the other's readers, too.
 template <typename Tile>
 __device__ __forceinline__ void hand_back(Pipeline<Tile>& pipeline, int stage) {
   const uint32_t empty = ptx::smem_u32(&pipeline.empty[stage]);

@@ -176,6 +176,20 @@ __global__ void mbarrier_bytes_missing(float* g) {
   ptx::bulk_load(ptx::smem_u32(s + 4), g, 16, barrier_at(s));
   ptx::mbar_wait(barrier_at(s), 0);
 }
+__global__ void mbarrier_too_many_bytes(float*) {
+  SMEM_DYN(float, s);
+  if (thread() > 0) return;
+  ptx::mbar_init(barrier_at(s), 2);
+  ptx::mbar_arrive_expect_tx(barrier_at(s), (1 << 20) - 16);
+  ptx::mbar_arrive_expect_tx(barrier_at(s), 16);
+}
+__global__ void mbarrier_nobody_waits(float*) {
+  SMEM_DYN(float, s);
+  if (thread() > 0) return;
+  ptx::mbar_init(barrier_at(s), 1);
+  ptx::mbar_arrive(barrier_at(s));
+  ptx::mbar_arrive(barrier_at(s));
+}
 __global__ void mbarrier_too_many_arrivals(float*) {
   SMEM_DYN(float, s);
   if (thread() > 0) return;
@@ -308,6 +322,8 @@ TEST(wrong_mbarriers) {
   expect("without proxy fence", mbarrier_without_proxy_fence, only_race("without fence.proxy.async"));
   expect("wrong parity", mbarrier_wrong_parity, always("wait in mbarrier wait"));
   expect("bytes missing", mbarrier_bytes_missing, always("bytes missing"));
+  expect("too many bytes", mbarrier_too_many_bytes, always("2^20 bytes or more to come"));
+  expect("nobody waits", mbarrier_nobody_waits, always("before any wait saw the end"));
   expect("too many arrivals", mbarrier_too_many_arrivals, always("more than the 1 arrivals"));
 }
 

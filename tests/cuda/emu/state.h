@@ -90,6 +90,7 @@ struct Mbarrier {
   Block* block = nullptr;
   uint32_t expected = 0, pending = 0, phase = 0, id = 0;
   int64_t bytes = 0;
+  bool seen = true;  // the end of the phase before this one, by a wait
   Meeting arriving;
   PastPointer done;
   std::vector<Fiber*> waiting;
