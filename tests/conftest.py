@@ -84,3 +84,11 @@ def enabled_engine(one_thread: None) -> Iterator[None]:
     engine.enable()
     yield
     engine.disable()
+
+
+@pytest.fixture
+def group() -> Iterator[object]:
+    """The default group, of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()

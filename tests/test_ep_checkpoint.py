@@ -14,11 +14,9 @@ pytestmark = needs_distributed
 
 
 @pytest.fixture
-def layer():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+def layer(group):
     reverse = Placement(torch.arange(5, dtype=torch.int32).flip(0)[:, None], 7)
-    yield ExpertParallel(torch_moe.MoE(8, 4, 5, 2), torch.distributed.group.WORLD, placement=reverse)
-    torch.distributed.destroy_process_group()
+    return ExpertParallel(torch_moe.MoE(8, 4, 5, 2), group, placement=reverse)
 
 
 def test_copies_stay_what_they_are(layer):

@@ -20,13 +20,6 @@ def test_ranks(world_size, tmp_path):
     run_ranks("expert_parallel.py", world_size, tmp_path)
 
 
-@pytest.fixture
-def group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield torch.distributed.group.WORLD
-    torch.distributed.destroy_process_group()
-
-
 def test_one_rank_is_the_plain_layer_bit_by_bit(group):
     torch.manual_seed(0)
     layer = torch_moe.MoE(37, 53, 5, 3, bias=True, num_shared_experts=1)

@@ -5,14 +5,7 @@ import torch
 from helpers import make_plan
 from samples import KERNEL_OPS, OPS, SHAPE, exchange_samples, samples
 
-
-@pytest.fixture(autouse=True, scope="module")
-def group():
-    """A group of one rank, for the operators that exchange."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
+pytestmark = pytest.mark.usefixtures("group")  # some operators exchange
 
 ALL_CHECKS = (
     "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic",

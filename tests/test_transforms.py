@@ -23,13 +23,6 @@ def layer():
     return MoE(H, I, E, K, num_shared_experts=1)
 
 
-@pytest.fixture
-def group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_every_derivative_is_registered_where_it_is_refused():
     gradients = {"route", "permute", "grouped_gemm", "activation", "combine", "experts", "ep_experts"}
     assert gradients < set(DIFFERENTIABLE)
