@@ -334,7 +334,7 @@ class BlockGemm {
       RowsAhead ahead(later < k_ ? weight.column(begin) + later * weight.n : next,
                       std::min(most_depth, later < k_ ? k_ - later : k_),
                       weight.n * static_cast<int64_t>(sizeof(Storage)), count * static_cast<int64_t>(sizeof(Storage)),
-                      panels * tiles * depth);
+                      panels * tiles * depth, true);
       if (!in_place) pack_strip(weight, begin, count, x0, later - x0);
       for (int64_t j = 0; j < count; j += widest) {
         const int64_t vectors = ceil_div(std::min(widest, count - j), kernels_.lanes);

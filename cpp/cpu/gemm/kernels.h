@@ -36,10 +36,11 @@ inline constexpr int64_t kStreamAlignment = 64;
 inline constexpr int64_t kCacheLine = 64;
 
 // What a tile fetches into the second-level cache while it computes: `lines` cache lines a step, 1 to 4, from `at`
-// on. After `left` steps it goes on `skip` bytes further, and so after every `steps` more.
+// on, and what lies `again` bytes after them, unless that is 0. After `left` steps it goes on `skip` bytes further, and
+// so after every `steps` more.
 struct Fetch {
   const char* at = nullptr;  // null: nothing
-  int64_t lines = 0, left = 0, steps = 0, skip = 0;
+  int64_t lines = 0, left = 0, steps = 0, skip = 0, again = 0;
 };
 
 // Storage is float, BFloat16, Float16 or double; the arithmetic is in Real: double for double, else float.

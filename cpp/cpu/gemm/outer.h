@@ -74,10 +74,14 @@ struct TilePart {
 };
 
 __attribute__((always_inline)) inline void fetch_step(Fetch& fetch) {
-  fetch_early(fetch.at);
-  if (fetch.lines > 1) fetch_early(fetch.at + kCacheLine);
-  if (fetch.lines > 2) fetch_early(fetch.at + 2 * kCacheLine);
-  if (fetch.lines > 3) fetch_early(fetch.at + 3 * kCacheLine);
+  const auto line = [&fetch](int64_t l) __attribute__((always_inline)) {
+    fetch_early(fetch.at + l * kCacheLine);
+    if (fetch.again != 0) fetch_early(fetch.at + l * kCacheLine + fetch.again);
+  };
+  line(0);
+  if (fetch.lines > 1) line(1);
+  if (fetch.lines > 2) line(2);
+  if (fetch.lines > 3) line(3);
   fetch.at += fetch.lines * kCacheLine;
   if (--fetch.left == 0) {
     fetch.at += fetch.skip;
