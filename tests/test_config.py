@@ -95,6 +95,15 @@ def test_refused_routers(change, message):
     ("config", "change", "message"),
     [
         (ExpertsConfig, {"weight_position": "middle"}, r"ExpertsConfig: weight_position must be in \('output', 'inp"),
+        (ExpertsConfig, {"hidden_size": 0}, "ExpertsConfig: hidden_size must be at least 1, got 0"),
+        (ExpertsConfig, {"intermediate_size": 0}, "ExpertsConfig: intermediate_size must be at least 1, got 0"),
+        (ExpertsConfig, {"num_experts": 0}, "ExpertsConfig: num_experts must be at least 1, got 0"),
+        (ExpertsConfig, {"activation": "tanh"}, r"activation must be in \('swiglu', .*'relu2'\), got 'tanh'"),
+        (ExpertsConfig, {"limit": 0.0}, "limit must be positive or None, got 0.0"),
+        (ExpertsConfig, {"activation": "relu", "alpha": 2.0}, "alpha, limit and up_offset shape swiglu, not relu"),
+        (ExpertsConfig, {"dropout": 1.0}, r"ExpertsConfig: dropout must be in \[0, 1\), got 1.0"),
+        (ExpertsConfig, {"expert_dropout": -0.1}, r"expert_dropout must be in \[0, 1\), got -0.1"),
+        (ExpertsConfig, {"dropout": 0.5, "recompute": True}, "dropout=0.5 keeps what recompute=True would not"),
         (ExpertsConfig, {"limit_position": "after"}, "limit_position='after' does nothing without limit"),
         (
             ExpertsConfig,
