@@ -73,10 +73,11 @@ struct TilePart {
   }
 };
 
+template <bool Twice = false>
 __attribute__((always_inline)) inline void fetch_step(Fetch& fetch) {
   const auto line = [&fetch](int64_t l) __attribute__((always_inline)) {
     fetch_early(fetch.at + l * kCacheLine);
-    if (fetch.again != 0) fetch_early(fetch.at + l * kCacheLine + fetch.again);
+    if constexpr (Twice) fetch_early(fetch.at + l * kCacheLine + fetch.again);
   };
   line(0);
   if (fetch.lines > 1) line(1);
@@ -120,16 +121,20 @@ void outer_tile(const Real* const* p, const Real* q, int64_t ldq, int64_t k, Rea
       }
     }
   };
-  // Two loops: what a fetch needs would push pointers of rows out of the registers where there is none.
-  if (fetch.at == nullptr) {
-#pragma GCC unroll 1
-    for (int64_t x = 0; x < k; ++x, q += ldq) step(x);
-  } else {
+  // A loop for each: what a fetch needs would push pointers of rows out of the registers where there is none.
+  const auto run = [&](const auto& fetch_next) __attribute__((always_inline)) {
 #pragma GCC unroll 1
     for (int64_t x = 0; x < k; ++x, q += ldq) {
-      fetch_step(fetch);
+      fetch_next();
       step(x);
     }
+  };
+  if (fetch.at == nullptr) {
+    run([]() __attribute__((always_inline)) {});
+  } else if (fetch.again == 0) {
+    run([&]() __attribute__((always_inline)) { fetch_step(fetch); });
+  } else {
+    run([&]() __attribute__((always_inline)) { fetch_step<true>(fetch); });
   }
   wide.end(c, ldc, how == TileStore::kStream);
   narrow.end(c + kWide, ldc, false);
