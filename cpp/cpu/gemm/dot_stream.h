@@ -22,10 +22,17 @@ struct Upcoming {
 };
 
 // Of few rows, two sums along k in turn hide how long one addition takes; of more, as many columns as there are
-// registers for share what is loaded of the rows.
+// registers for share what is loaded of the rows. Where a weight has to be widened, multiplying takes longer than
+// reading sooner.
+template <typename Storage>
+inline constexpr bool kDotWidens = sizeof(Storage) * kDotPacking<Storage> < sizeof(Wide<Storage>);
 template <typename Storage, int Rows>
 inline constexpr int kStreamColumns =
-    Rows > kFewDotRows ? std::max((MOE_ACCUMULATORS - (kDotParts<Storage> == 2 ? 4 : 0)) / Rows, 1) : 1;
+    Rows > (!kDotWidens<Storage>     ? kFewDotRows
+            : MOE_ACCUMULATORS >= 24 ? 2
+                                     : 3)
+        ? std::clamp((MOE_ACCUMULATORS - (kDotParts<Storage> == 2 ? 4 : 0)) / Rows, 1, 4)
+        : 1;
 
 // sums[j * Rows + i] = <a[i], w[j]>, lane by lane, for the `columns` columns of a tile. A missing one repeats the last
 // one.
@@ -34,7 +41,7 @@ void dot_columns(const Wide<Storage>* a, const Storage* w, int64_t columns, int6
                  const Upcoming<Storage>& upcoming, int64_t stride, Vec<Wide<Storage>>* sums) {
   using Real = Wide<Storage>;
   constexpr int n = kLanes<Real>, kParts = kDotParts<Storage>, kColumns = kStreamColumns<Storage, Rows>;
-  constexpr int kUnroll = Rows > kFewDotRows ? 1 : 2;
+  constexpr int kUnroll = Rows > kFewDotRows || kColumns > 1 ? 1 : 2;
   constexpr int64_t kStep = kDotStep<Storage>, kStride = kUnroll * kStep;
   constexpr int64_t kLine = kCacheLine / sizeof(Storage), kNear = kNearBytes / sizeof(Storage);
   const Storage* column[kColumns];
