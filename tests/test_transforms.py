@@ -29,7 +29,7 @@ def test_every_derivative_is_registered_where_it_is_refused():
     assert all(op in gradients or op.endswith(("_backward", "_wgrad", "_bgrad")) for op in DIFFERENTIABLE)
 
 
-@pytest.mark.parametrize("op", [op for op in DIFFERENTIABLE if op != "experts"])
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_mode_is_refused(op, requires_grad, group):
     """Also where nothing requires a gradient: there torch would drop the tangent."""
@@ -45,6 +45,13 @@ def test_forward_mode_is_refused(op, requires_grad, group):
         pytest.raises(RuntimeError, match=rf"^{op}: forward-mode .* not supported \(use back"),
     ):
         getattr(torch.ops.moe, op)(*map(dual, args), **options)
+
+
+def test_forward_mode_is_refused_of_experts_that_plan_by_themselves(layer):
+    x, ids = randn(T, H), torch.zeros(T, K, dtype=torch.int32)
+    weights = [parameter.detach() for parameter in (layer.experts.gate_up_proj, layer.experts.down_proj)]
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"^experts: forward-mode"):
+        ops.experts(forward_ad.make_dual(x, x), *weights, torch.ones(T, K), ids)
 
 
 def test_forward_mode_beside_the_operators_is_left_alone(layer):

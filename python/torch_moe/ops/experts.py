@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torch_moe.ops._common import (
     Context,
@@ -12,6 +13,7 @@ from torch_moe.ops._common import (
     check_rank,
     empty_gradient,
     refuse_double_backward,
+    register_autograd,
     register_fake,
 )
 from torch_moe.ops.plan import Plan
@@ -114,7 +116,7 @@ def experts(
     )
     output: Tensor
     if isinstance(plan, Tensor):
-        if not needs_grad:
+        if not needs_grad and forward_ad._current_level < 0:  # else the operator with a gradient refuses tangents
             output = _routed_experts(
                 hidden_states,
                 gate_up_proj,
@@ -273,5 +275,5 @@ def _backward(ctx: Context, grad_output: Tensor | None, _: Tensor | None) -> tup
     return *grads[:4], None, None, None, *grads[4:]
 
 
-torch.library.register_autograd("moe::experts", _backward, setup_context=_setup_context)
+register_autograd("experts", _backward, setup_context=_setup_context)
 refuse_double_backward("experts_backward")
