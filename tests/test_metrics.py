@@ -276,3 +276,11 @@ def test_refused():
         stats.observe(Observation(ids), mask=torch.ones(5))
     with pytest.raises(ValueError, match="RoutingStats: tokens_per_expert counts padding"):
         stats.observe(Observation(ids, tokens_per_expert=torch.zeros(E)), mask=torch.ones(4))
+
+
+@pytest.mark.parametrize("return_routing", [False, True])
+def test_nothing_is_dropped_without_a_capacity(return_routing):
+    layer = make(num_zero_experts=3)
+    stats = RoutingStats.attach(layer)
+    layer(randn(T, H), return_routing=return_routing)
+    assert value(stats, "drop_rate") == 0

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import ALL_DTYPES, randn, run
+from torch.profiler import ProfilerActivity, profile
 
 from torch_moe import MoE, reference
 from torch_moe.nn import DenseFFN, Routing
@@ -44,6 +45,22 @@ def test_equals_the_reference(dtype, capacity_factor, device):
         # A gradient goes forward to the last product and back through all of them.
         steps = forward_steps if name == "output" else (*forward_steps, H, 2 * I, I, E, T)
         assert_close(value, expected[name], *steps)
+
+
+def test_inference_makes_no_plan_of_its_own(device):
+    """Only where nobody asks for the load, and nothing is dropped."""
+    x = randn(T, H, device=device)
+
+    def calls(layer, *args):
+        layer.requires_grad_(False).eval()
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            layer(x, *args)
+        return {event.key for event in profiled.key_averages() if event.key in {"moe::plan", "moe::routed_experts"}}
+
+    assert calls(make(device)) == {"moe::routed_experts"}
+    assert calls(make(device), True) == calls(make(device, capacity_factor=1.0)) == {"moe::plan"}
+    layer = make(device).requires_grad_(False)
+    assert torch.equal(layer(x), layer(x, return_routing=True)[0])
 
 
 def test_leading_dimensions_are_kept(device):

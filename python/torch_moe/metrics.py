@@ -166,10 +166,10 @@ class RoutingStats(RouterObserver):
         """Take off the slots that are kept from those that :meth:`observe` took for dropped."""
         if is_recomputing():
             return
-        kept = next(value for value in inputs if isinstance(value, ops.Plan)).slot_to_row >= 0  # [T, K]
-        mask = flat_mask("RoutingStats", self.mask, kept.shape[0])
-        if mask is not None:
-            kept = kept & mask.unsqueeze(-1)
+        *_, plan = inputs  # or ids, of which nothing was dropped
+        of_expert = plan.slot_to_row >= 0 if isinstance(plan, ops.Plan) else (plan >= 0) & (plan < experts.num_experts)
+        mask = flat_mask("RoutingStats", self.mask, of_expert.shape[0])
+        kept = of_expert if mask is None else of_expert & mask.unsqueeze(-1)  # [T, K]
         sums = self._layers[layer]
         sums.move(kept.device)
         sums.means[0, _MEANS.index("drop_rate")] -= kept.sum()

@@ -308,7 +308,8 @@ class ExpertParallel(MoE):
             )
             return plain
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
-        routed, plan = self._route(hidden_states, token_ids, route_override, router_input, router_state)
+        routed = self._route(hidden_states, token_ids, route_override, router_input, router_state)
+        plan = self._plan(routed, hidden_states)
         kept = routed.topk_ids.where(plan.slot_to_row >= 0, -1)
         sent = self.experts.send(self._narrow(tokens), self.router.weights_of_kept(routed, plan), kept)
         others = self._beside(tokens, routed)  # computed while the tokens travel

@@ -238,10 +238,15 @@ class MoE(nn.Module):
             The outputs.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
-        routed, plan = self._route(hidden_states, token_ids, route_override, router_input, router_state)
-        output: Tensor = self.experts(self._narrow(tokens), self.router.weights_of_kept(routed, plan), plan)
+        routed = self._route(hidden_states, token_ids, route_override, router_input, router_state)
+        plan = None
+        if return_routing or self.router.may_drop:
+            plan = self._plan(routed, hidden_states)
+            output: Tensor = self.experts(self._narrow(tokens), self.router.weights_of_kept(routed, plan), plan)
+        else:  # nobody else needs the plan: in inference the experts make it within their own call
+            output = self.experts(self._narrow(tokens), routed.topk_weights, routed.topk_ids)
         output = self._finish(output, self._beside(tokens, routed)).view(hidden_states.shape)
-        return (output, self._routing(routed, plan)) if return_routing else output
+        return output if plan is None or not return_routing else (output, self._routing(routed, plan))
 
     def _route(
         self,
@@ -250,8 +255,8 @@ class MoE(nn.Module):
         route_override: Tensor | None,
         router_input: Tensor | None,
         router_state: Tensor | None,
-    ) -> tuple[ExtendedRouterOutput, ops.Plan]:
-        """Choose the experts and plan the rows."""
+    ) -> ExtendedRouterOutput:
+        """Choose the experts."""
 
         def flat(tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, tensor.shape[-1])
@@ -259,8 +264,10 @@ class MoE(nn.Module):
         more = {} if router_state is None else {"router_state": flat(router_state)}
         ids = None if route_override is None else flat(route_override)
         seen = flat(hidden_states if router_input is None else router_input)
-        routed = ExtendedRouterOutput(*self.router(seen, token_ids=token_ids, route_override=ids, **more))
-        return routed, self.router.plan(routed, hidden_states.shape[-2] if hidden_states.dim() > 1 else 1)
+        return ExtendedRouterOutput(*self.router(seen, token_ids=token_ids, route_override=ids, **more))
+
+    def _plan(self, routed: ExtendedRouterOutput, hidden_states: Tensor) -> ops.Plan:
+        return self.router.plan(routed, hidden_states.shape[-2] if hidden_states.dim() > 1 else 1)
 
     def _routing(self, routed: ExtendedRouterOutput, plan: ops.Plan) -> Routing | ExtendedRouting:
         routing = Routing(routed.router_logits, routed.topk_ids, routed.topk_weights, plan.tokens_per_expert)

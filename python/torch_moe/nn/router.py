@@ -331,6 +331,13 @@ class TopKRouter(nn.Module):
             return config.capacity
         return math.ceil(factor * num_tokens * self.top_k / self.num_experts)
 
+    @property
+    def may_drop(self) -> bool:
+        """Whether :meth:`plan` may leave out a slot that has an expert."""
+        config = self.config
+        bounds = (config.capacity, config.capacity_factor, config.eval_capacity_factor)
+        return any(bound is not None for bound in bounds) or config.second_expert_policy == "random"
+
     def plan(self, routed: RouterOutput | ExtendedRouterOutput, tokens_per_sequence: int) -> ops.Plan:
         """Plan the rows, after dropping what has no room: ``routed`` itself keeps what was chosen."""
         config, ids = self.config, routed.topk_ids
