@@ -33,17 +33,16 @@ class DownBackwardWorker {
   }
 
   DownBackwardWorker(const Experts<Storage>& experts, const DownBackward<Storage>& args, const std::vector<Unit>& units,
-                     int64_t max_rows, int64_t threads, Arena& arena)
+                     int64_t max_rows, Arena& arena)
       : experts_(experts),
         args_(args),
         units_(units),
-        threads_(threads),
         gemm_(experts.table, arena, max_rows, experts.hidden, kColumnsPerUnit) {
     c_ = arena.take<Real>(max_rows * kColumnsPerUnit);
     buffers_ = arena.take<Real>(kBuffers * kColumnsPerUnit);
   }
 
-  void run(int64_t index) {
+  void run(int64_t index, int64_t upcoming) {
     const auto& [rows, block, begin, count] = units_[index];
     const Weight<Storage> weight = transposed(experts_.down_proj(rows.expert));
     if (loaded_ != rows.first) {
@@ -51,17 +50,16 @@ class DownBackwardWorker {
                       experts_.layer.row_invariant);
       loaded_ = rows.first;
     }
-    gemm_.multiply(weight, Columns{{begin, 0}, count, 1}, c_, kColumnsPerUnit, upcoming(index + threads_));
+    gemm_.multiply(weight, Columns{{begin, 0}, count, 1}, c_, kColumnsPerUnit,
+                   upcoming < 0 ? nullptr : first_column(units_[upcoming]));
     for (int64_t i = 0; i < rows.rows; ++i) finish_row(rows.first + i, block, begin, count, c_ + i * kColumnsPerUnit);
   }
 
  private:
   static constexpr int64_t kBuffers = 7;
 
-  // The column of the weight with which a unit begins: this thread's next one, where units take about equally long.
-  const Storage* upcoming(int64_t index) const {
-    if (index >= static_cast<int64_t>(units_.size())) return nullptr;
-    const Unit& unit = units_[index];
+  // The column of the weight with which a unit begins.
+  const Storage* first_column(const Unit& unit) const {
     return transposed(experts_.down_proj(unit.rows.expert)).column(unit.begin);
   }
 
@@ -91,7 +89,6 @@ class DownBackwardWorker {
   const Experts<Storage>& experts_;
   const DownBackward<Storage>& args_;
   const std::vector<Unit>& units_;
-  int64_t threads_;
   BlockGemm<Storage> gemm_;
   Real *c_, *buffers_;
   int64_t loaded_ = -1;  // first row of the block that gemm_ holds
@@ -102,10 +99,10 @@ bool down_backward(const Experts<Storage>& experts, const DownBackward<Storage>&
   const int64_t max_rows = BlockGemm<Storage>::max_rows(experts.table, experts.hidden);
   const auto units = units_of(row_blocks(experts.offsets.data(), experts.layer.plan.num_experts, max_rows),
                               experts.intermediate, DownBackwardWorker<Storage>::kColumnsPerUnit);
-  return run_units(pool, static_cast<int64_t>(units.size()),
-                   DownBackwardWorker<Storage>::scratch_bytes(experts, max_rows), [&](Arena& arena) {
-                     return DownBackwardWorker<Storage>(experts, args, units, max_rows, pool.num_threads(), arena);
-                   });
+  return run_units(
+      pool, static_cast<int64_t>(units.size()), DownBackwardWorker<Storage>::scratch_bytes(experts, max_rows),
+      [&](Arena& arena) { return DownBackwardWorker<Storage>(experts, args, units, max_rows, arena); },
+      UnitOrder::kFromBothEnds);
 }
 
 // ds[t, k] = its parts, added in order (+ <dO_t, b2_e>); 0 for a slot without a row.

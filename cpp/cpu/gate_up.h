@@ -27,18 +27,14 @@ class GateUpWorker {
   }
 
   GateUpWorker(const Experts<Storage>& experts, const GateUp<Storage>& args, const std::vector<Unit>& units,
-               int64_t max_rows, int64_t threads, Arena& arena)
-      : experts_(experts),
-        args_(args),
-        units_(units),
-        threads_(threads),
-        gemm_(experts.table, arena, max_rows, experts.hidden, kWidth) {
+               int64_t max_rows, Arena& arena)
+      : experts_(experts), args_(args), units_(units), gemm_(experts.table, arena, max_rows, experts.hidden, kWidth) {
     c_ = arena.take<Real>(max_rows * kWidth);
     bias_ = arena.take<Real>(kWidth);
     spare_ = arena.take<Real>(kWidth);
   }
 
-  void run(int64_t index) {
+  void run(int64_t index, int64_t upcoming) {
     const auto& [rows, block, begin, count] = units_[index];
     const Weight<Storage> weight = experts_.gate_up_proj(rows.expert);
     if (loaded_ != rows.first) {
@@ -47,16 +43,14 @@ class GateUpWorker {
       loaded_ = rows.first;
     }
     const Columns columns = experts_.layout.columns(begin, count);
-    gemm_.multiply(weight, columns, c_, kWidth, upcoming(index + threads_));
+    gemm_.multiply(weight, columns, c_, kWidth, upcoming < 0 ? nullptr : first_column(units_[upcoming]));
     for (int run = 0; run < columns.runs; ++run) add_bias(rows, columns, run);
     for (int64_t i = 0; i < rows.rows; ++i) finish_row(rows.first + i, begin, count, c_ + i * kWidth);
   }
 
  private:
-  // The column of the weight with which a unit begins: this thread's next one, where units take about equally long.
-  const Storage* upcoming(int64_t index) const {
-    if (index >= static_cast<int64_t>(units_.size())) return nullptr;
-    const Unit& unit = units_[index];
+  // The column of the weight with which a unit begins.
+  const Storage* first_column(const Unit& unit) const {
     return experts_.gate_up_proj(unit.rows.expert).column(experts_.layout.columns(unit.begin, unit.count).begin[0]);
   }
 
@@ -85,7 +79,6 @@ class GateUpWorker {
   const Experts<Storage>& experts_;
   const GateUp<Storage>& args_;
   const std::vector<Unit>& units_;
-  int64_t threads_;
   BlockGemm<Storage> gemm_;
   Real *c_, *bias_, *spare_;
   int64_t loaded_ = -1;  // first row of the block that gemm_ holds
@@ -98,7 +91,8 @@ bool gate_up(const Experts<Storage>& experts, const GateUp<Storage>& args, const
                               experts.intermediate, GateUpWorker<Storage>::kColumnsPerUnit);
   return run_units(
       pool, static_cast<int64_t>(units.size()), GateUpWorker<Storage>::scratch_bytes(experts, max_rows),
-      [&](Arena& arena) { return GateUpWorker<Storage>(experts, args, units, max_rows, pool.num_threads(), arena); });
+      [&](Arena& arena) { return GateUpWorker<Storage>(experts, args, units, max_rows, arena); },
+      UnitOrder::kFromBothEnds);
 }
 
 }  // namespace moe

@@ -3,7 +3,8 @@
 //
 // A unit is a run of output columns, for all experts and all tokens: its thread is the only writer of those columns and
 // adds the experts in ascending order, so no atomics are needed, nothing of size R x H is stored, and the sum's order
-// is fixed.
+// is fixed. Where a token has one expert there is nothing to order: every other unit then begins with the fewest rows,
+// so that one thread multiplies many rows while another waits for the weights of few.
 #pragma once
 
 #include <algorithm>
@@ -46,12 +47,12 @@ class TokenReducer {
            Arena::size_of_block<Real>(experts.layer.plan.num_tokens * columns);
   }
 
-  TokenReducer(const Experts<Storage>& experts, const TokenReduction<Storage>& args, int64_t columns, int64_t max_rows,
-               Arena& arena)
+  TokenReducer(const Experts<Storage>& experts, const TokenReduction<Storage>& args,
+               const std::vector<RowBlock>& blocks, int64_t columns, int64_t max_rows, Arena& arena)
       : experts_(experts),
         args_(args),
+        blocks_(blocks),
         columns_(columns),
-        max_rows_(max_rows),
         gemm_(experts.table, arena, max_rows, args.k, columns) {
     c_ = arena.take<Real>(max_rows * columns);
     bias_ = arena.take<Real>(columns);
@@ -62,13 +63,11 @@ class TokenReducer {
     const int64_t begin = unit * columns_, count = std::min(columns_, experts_.hidden - begin);
     const int64_t tokens = experts_.layer.plan.num_tokens;
     std::fill_n(sum_, tokens * columns_, Real(0));
-    for (int64_t e = 0; e < experts_.layer.plan.num_experts; ++e) {
-      const int64_t first = experts_.offsets[e], rows = experts_.offsets[e + 1] - first;
-      const int64_t pieces = ceil_div(rows, max_rows_);
-      for (int64_t p = 0; p < pieces; ++p) {
-        const int64_t from = first + rows * p / pieces, to = first + rows * (p + 1) / pieces;
-        add_rows(e, from, to - from, begin, count);
-      }
+    const bool from_back = experts_.layer.plan.top_k == 1 && unit % 2 != 0;
+    const int64_t blocks = static_cast<int64_t>(blocks_.size());
+    const auto block = [&](int64_t i) { return from_back ? blocks_[blocks - 1 - i] : blocks_[i]; };
+    for (int64_t i = 0; i < blocks; ++i) {
+      add_rows(block(i), begin, count, i + 1 < blocks ? weight(block(i + 1).expert).column(begin) : nullptr);
     }
     for (int64_t t = 0; t < tokens; ++t) {
       experts_.table.narrow_row(sum_ + t * columns_, count, args_.output + t * experts_.hidden + begin);
@@ -79,24 +78,17 @@ class TokenReducer {
   static constexpr int64_t kMostColumns = 256, kGrain = Columns::kPadding;
   static constexpr int64_t kSumBytes = 4 << 20;
 
-  // The column of the weight with which the next expert that has rows begins.
-  const Storage* after(int64_t expert, int64_t begin) const {
-    const auto& offsets = experts_.offsets;
-    const int64_t num_experts = experts_.layer.plan.num_experts;
-    do ++expert;
-    while (expert < num_experts && offsets[expert] == offsets[expert + 1]);
-    return expert < num_experts ? weight(expert).column(begin) : nullptr;
-  }
-
   Weight<Storage> weight(int64_t expert) const {
     const Weight<Storage> weight = (experts_.*args_.weight)(expert);
     return args_.transpose_weight ? transposed(weight) : weight;
   }
 
-  void add_rows(int64_t expert, int64_t first, int64_t rows, int64_t begin, int64_t count) {
+  // `next` is the column of the weight that is read afterwards.
+  void add_rows(const RowBlock& block, int64_t begin, int64_t count, const Storage* next) {
+    const auto [expert, first, rows] = block;
     const Weight<Storage> factor = weight(expert);
     gemm_.load_rows(args_.rows + first, rows, args_.k, factor.layout, experts_.layer.row_invariant);
-    gemm_.multiply(factor, Columns{{begin, 0}, count, 1}, c_, columns_, after(expert, begin));
+    gemm_.multiply(factor, Columns{{begin, 0}, count, 1}, c_, columns_, next);
     if (args_.bias != nullptr) {
       experts_.table.widen_row(args_.bias + expert * experts_.hidden + begin, count, bias_);
     }
@@ -112,7 +104,8 @@ class TokenReducer {
 
   const Experts<Storage>& experts_;
   const TokenReduction<Storage>& args_;
-  int64_t columns_, max_rows_;
+  const std::vector<RowBlock>& blocks_;
+  int64_t columns_;
   BlockGemm<Storage> gemm_;
   Real *c_, *bias_, *sum_;
 };
@@ -121,9 +114,11 @@ template <typename Storage>
 bool reduce_to_tokens(const Experts<Storage>& experts, const TokenReduction<Storage>& args, const ThreadPool& pool) {
   const int64_t columns = TokenReducer<Storage>::columns_per_unit(experts, std::max(pool.num_threads(), 1));
   const int64_t max_rows = BlockGemm<Storage>::max_rows(experts.table, args.k);
-  return run_units(pool, ceil_div(experts.hidden, columns),
-                   TokenReducer<Storage>::scratch_bytes(experts, columns, max_rows, args.k),
-                   [&](Arena& arena) { return TokenReducer<Storage>(experts, args, columns, max_rows, arena); });
+  auto blocks = row_blocks(experts.offsets.data(), experts.layer.plan.num_experts, max_rows);
+  if (experts.layer.plan.top_k == 1) blocks = costliest_first(std::move(blocks));
+  return run_units(
+      pool, ceil_div(experts.hidden, columns), TokenReducer<Storage>::scratch_bytes(experts, columns, max_rows, args.k),
+      [&](Arena& arena) { return TokenReducer<Storage>(experts, args, blocks, columns, max_rows, arena); });
 }
 
 }  // namespace moe

@@ -1,8 +1,9 @@
-// Cuts a grouped GEMM into units: some rows of one expert times some columns. Costliest first; the units of one block
-// of rows stay together, so that a thread can keep the rows that it has packed.
+// Cuts a grouped GEMM into units: some rows of one expert times some columns. The units of one block of rows stay
+// together, so that a thread can keep the rows that it has packed.
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -13,6 +14,7 @@ struct RowBlock {
   int64_t expert, first, rows;  // rows [first, first + rows)
 };
 
+// By expert.
 inline std::vector<RowBlock> row_blocks(const int64_t* expert_offsets, int64_t num_experts, int64_t max_rows) {
   std::vector<RowBlock> blocks;
   for (int64_t e = 0; e < num_experts; ++e) {
@@ -22,6 +24,10 @@ inline std::vector<RowBlock> row_blocks(const int64_t* expert_offsets, int64_t n
       blocks.push_back({e, begin + first, last - first});
     }
   }
+  return blocks;
+}
+
+inline std::vector<RowBlock> costliest_first(std::vector<RowBlock> blocks) {
   std::stable_sort(blocks.begin(), blocks.end(), [](const RowBlock& a, const RowBlock& b) { return a.rows > b.rows; });
   return blocks;
 }
@@ -32,7 +38,9 @@ struct Unit {
   int64_t begin, count;  // columns [begin, begin + count)
 };
 
-inline std::vector<Unit> units_of(const std::vector<RowBlock>& blocks, int64_t columns, int64_t columns_per_unit) {
+// Costliest first.
+inline std::vector<Unit> units_of(std::vector<RowBlock> blocks, int64_t columns, int64_t columns_per_unit) {
+  blocks = costliest_first(std::move(blocks));
   std::vector<Unit> units;
   units.reserve(blocks.size() * static_cast<size_t>(ceil_div(columns, columns_per_unit)));
   for (const RowBlock& rows : blocks) {

@@ -253,8 +253,9 @@ bool run_wgrad(const Wgrad<Storage>& args, const ThreadPool& pool) {
   const Kernels<Storage>& table = kernels<Storage>();
   const auto units = WgradWorker<Storage>::units(args, pool.num_threads());
   advise_huge_pages(args.output, static_cast<size_t>(args.num_experts * args.m * args.n) * sizeof(Storage));
-  return run_units(pool, static_cast<int64_t>(units.size()), WgradWorker<Storage>::scratch_bytes(table, args),
-                   [&](Arena& arena) { return WgradWorker<Storage>(table, args, units, arena); });
+  return run_units(
+      pool, static_cast<int64_t>(units.size()), WgradWorker<Storage>::scratch_bytes(table, args),
+      [&](Arena& arena) { return WgradWorker<Storage>(table, args, units, arena); }, UnitOrder::kFromBothEnds);
 }
 
 }  // namespace moe
