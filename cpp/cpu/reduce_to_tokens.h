@@ -75,7 +75,7 @@ class TokenReducer {
   }
 
  private:
-  static constexpr int64_t kMostColumns = 256, kGrain = Columns::kPadding;
+  static constexpr int64_t kMostColumns = 384, kGrain = Columns::kPadding;
   static constexpr int64_t kSumBytes = 4 << 20;
 
   Weight<Storage> weight(int64_t expert) const {
