@@ -63,6 +63,18 @@ def test_inference_makes_no_plan_of_its_own(device):
     assert torch.equal(layer(x), layer(x, return_routing=True)[0])
 
 
+def test_second_experts_are_dropped_at_random_whoever_asks(device):
+    torch.manual_seed(0)
+    layer = MoE(H, I, E, 2, selection="top2_gshard", second_expert_policy="random", device=device)
+    x, outputs = randn(T, H, device=device), []
+    for return_routing in (True, False):
+        torch.manual_seed(0)
+        output = layer(x, return_routing=return_routing)
+        outputs.append(output[0] if return_routing else output)
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], layer.eval()(x))
+
+
 def test_leading_dimensions_are_kept(device):
     layer, x = make(device), randn(2, 3, 4, H, device=device)
     assert torch.equal(layer(x), layer(x.view(-1, H)).view(x.shape))

@@ -13,7 +13,7 @@
 
 namespace moe::MOE_ISA {
 
-inline constexpr int64_t kCacheLine = 64, kNearBytes = 1024, kAheadBytes = 8192;
+inline constexpr int64_t kNearBytes = 1024, kAheadBytes = 8192;
 
 // Where the stream goes on: after the end of this row, one step of the fetches ahead, and two.
 template <typename Storage>
@@ -26,11 +26,13 @@ struct Upcoming {
 // reading sooner.
 template <typename Storage>
 inline constexpr bool kDotWidens = sizeof(Storage) * kDotPacking<Storage> < sizeof(Wide<Storage>);
+template <typename Storage>
+inline constexpr int kMostRowsOfOneColumn = !kDotWidens<Storage>     ? kFewDotRows
+                                            : MOE_ACCUMULATORS >= 24 ? 2
+                                                                     : 3;
 template <typename Storage, int Rows>
 inline constexpr int kStreamColumns =
-    Rows > (!kDotWidens<Storage>     ? kFewDotRows
-            : MOE_ACCUMULATORS >= 24 ? 2
-                                     : 3)
+    Rows > kMostRowsOfOneColumn<Storage>
         ? std::clamp((MOE_ACCUMULATORS - (kDotParts<Storage> == 2 ? 4 : 0)) / Rows, 1, 4)
         : 1;
 

@@ -20,11 +20,6 @@ inline constexpr int64_t kFewDotRows = 4;     // so few that multiplying leaves 
 inline constexpr int64_t kMaxFoursRows = 24;  // rows of a in `dot_fours`
 inline constexpr int64_t kRowsOfVector = 4;   // that share a vector there
 
-// Which part of a sum of products a call computes.
-struct DotPart {
-  bool first, last;
-};
-
 // What becomes of a tile.
 enum class TileStore : int8_t {
   kWrite,

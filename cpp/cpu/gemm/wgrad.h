@@ -89,7 +89,7 @@ class WgradWorker {
         const int64_t depth = std::min(kRowsBlock, rows - r0);
         for (int64_t r = 0; r < depth; ++r) pointers_[r] = args_.rhs[first + r0 + r] + j;
         const Strip out{output + j, unit.count, columns};
-        const DotPart part{r0 == 0, r0 + depth == rows};
+        const RowsPart part{r0 == 0, r0 + depth == rows};
         kernels_.matrix_units ? add_tiles(out, r0, ld, depth, part)
                               : add_products(out, packed_ + r0 / packing(), ld, depth, part);
       }
@@ -109,6 +109,11 @@ class WgradWorker {
   struct Strip {
     Storage* output;
     int64_t rows, columns;
+  };
+
+  // Which part of the sums over an expert's rows a call computes.
+  struct RowsPart {
+    bool first, last;
   };
 
   // Rows that share the room of a Real: pairs of bf16 where the processor multiplies those.
@@ -163,13 +168,13 @@ class WgradWorker {
     Real* data;
     int64_t ld;
   };
-  Sums sums_at(const Strip& strip, int64_t i, int64_t j, DotPart part) const {
+  Sums sums_at(const Strip& strip, int64_t i, int64_t j, RowsPart part) const {
     const int64_t widest = kernels_.panel(), ld = ceil_div(strip.columns, widest) * widest;
     return part.first && part.last ? Sums{tile_, widest} : Sums{tile_ + i * ld + j, ld};
   }
 
   // The strip (+)= sum over `depth` rows from r0, at pointers_, on matrix units. `part` as in add_products.
-  void add_tiles(const Strip& strip, int64_t r0, int64_t ld, int64_t depth, DotPart part) {
+  void add_tiles(const Strip& strip, int64_t r0, int64_t ld, int64_t depth, RowsPart part) {
     if constexpr (std::is_same_v<Storage, BFloat16>) {
       constexpr int64_t kRows = MatrixUnits::kRows, kGroup = MatrixUnits::kColumns;
       const int64_t padded = ceil_div(depth, MatrixUnits::kDepth) * MatrixUnits::kDepth, widest = kernels_.panel();
@@ -194,7 +199,7 @@ class WgradWorker {
   // The strip (+)= sum over `depth` rows, of p[i][r] * panels[r, :] or of pairs of those, a few output rows at a time,
   // from end to end. `part`: which rows of the expert these are; the tile holds the sums until the last ones have been
   // added.
-  void add_products(const Strip& strip, const Real* p, int64_t ld, int64_t depth, DotPart part) {
+  void add_products(const Strip& strip, const Real* p, int64_t ld, int64_t depth, RowsPart part) {
     const int64_t widest = kernels_.panel(), step = kernels_.tile_rows(kernels_.tile_vectors);
     const Real* row[kMaxTileRows];
     const int64_t products = ceil_div(depth, packing());
