@@ -163,3 +163,46 @@ def test_refused(change, message):
 )
 def test_accepted_top_1(options):
     TopKRouter(**{"hidden_size": H, "num_experts": E, "top_k": 1, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({}, {"hidden_states": torch.zeros(1, 5, H)}, r"hidden_states must have 2 dimensions .*got shape \[1, 5, 16\]"),
+        ({}, {"hidden_states": torch.zeros(H)}, r"hidden_states must have 2 dimensions .*\(call \.flatten\(0, -2\)\)"),
+        ({}, {"router_state": torch.zeros(5, 4)}, "router_state does nothing without projection_state=True"),
+        (
+            {"projection": "mlp", "projection_size": 4},
+            {"router_state": torch.zeros(5, 4)},
+            "router_state does nothing without projection_state=True",
+        ),
+        (
+            {"projection": "mlp", "projection_size": 4, "projection_state": True},
+            {"router_state": torch.zeros(1, 4)},
+            r"router_state must have shape \[5, 4\] = \[num_tokens, projection_size\], got \[1, 4\]",
+        ),
+        ({"selection": "hash", "vocab_size": 9}, {}, 'selection="hash" needs token_ids, got None'),
+        (
+            {"selection": "sparsemixer", "renormalize": False},
+            {"route_override": torch.zeros(5, 3, dtype=torch.int32)},
+            r"route_override must have shape \[5, 2\] = \[num_tokens, top_k\], got \[5, 3\]",
+        ),
+    ],
+)
+def test_refused_arguments(options, arguments, message):
+    with pytest.raises(ValueError, match=f"^TopKRouter: {message}"):
+        TopKRouter(H, E, K, **options)(**{"hidden_states": torch.zeros(5, H), **arguments})
+
+
+@pytest.mark.parametrize("options", [{}, {"selection": "sparsemixer", "renormalize": False}], ids=["topk", "sparse"])
+def test_an_overriding_id_of_no_expert_weighs_nothing_whatever_scales_the_others(options, device):
+    router = TopKRouter(H, E, K, per_expert_scale=True, device=device, **options).eval()
+    x = randn(5, H, device=device)
+    ids = router(x).topk_ids
+    ids[0, 1], ids[1, 1] = E, -E - 1
+    _, weights, kept = router(x, route_override=ids)
+    assert torch.equal(kept, ids)
+    assert (weights[:2, 1] == 0).all()
+    assert (weights[:, 0] > 0).all()
+    weights.sum().backward()
+    assert router.per_expert_scale.grad.isfinite().all()

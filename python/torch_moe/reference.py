@@ -1,7 +1,8 @@
 """The specification: every stage in plain torch, read and run in fp64; the backward is autograd's.
 
-Each function computes in the dtype it is given. Shapes are those of :mod:`torch_moe.ops`; nothing is validated and
-nothing is fast. Legend: T tokens, H hidden_size, I intermediate_size, E num_experts, K top_k, R = T * K rows.
+Each function computes in the dtype it is given, on the device it is given. Parameters are those of the function of the
+same name in :mod:`torch_moe.ops`, which documents them; nothing is validated and nothing is fast.
+Legend: T tokens, H hidden_size, I intermediate_size, E num_experts, K top_k, R = T * K rows.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,19 @@ def route(
     group_score: str = "top2_sum",
     group_mask: str = "-inf",
 ) -> tuple[Tensor, Tensor]:
-    """Return ``topk_weights`` [T, K] and ``topk_ids`` [T, K]."""
+    r"""Choose ``top_k`` experts per token and weigh them.
+
+    With the scores :math:`v` of the logits :math:`z`, the candidates are :math:`v + b` (``score_then_topk``) or
+    :math:`z + b` (``topk_then_score``), of which the K best are taken within the best groups. The chosen :math:`S`
+    weigh :math:`v_S`, or the scores of :math:`z_S` alone; then normalised and scaled.
+
+    Returns
+    -------
+    topk_weights : Tensor of shape (num_tokens, top_k), dtype of the logits
+        Differentiable in ``router_logits``. An id of ``route_override`` outside ``[0, num_experts)`` weighs 0.
+    topk_ids : Tensor of shape (num_tokens, top_k), dtype=int32
+        The experts, best candidate first; of equals the lower id.
+    """
     # Without bias or groups the order of scores is the order of logits, which no saturation can tie.
     by_score = score_order == "score_then_topk" and (expert_bias is not None or num_groups > 1)
     if route_override is not None:
@@ -52,17 +65,49 @@ def route(
         logits = router_logits.gather(-1, chosen).masked_fill(~valid, -torch.inf)
         weights = scores(logits, score_function).masked_fill(~valid, 0)
     if renormalize:
-        divisor = torch.linalg.vector_norm(weights, renormalize_p, dim=-1, keepdim=True)
-        add = renormalize_eps_mode == "add"
-        weights = weights / (divisor + renormalize_eps if add else divisor.clamp(min=renormalize_eps))
+        weights = renormalize_weights(weights, renormalize_p, renormalize_eps, renormalize_eps_mode)
     return weights * routed_scaling_factor, topk_ids.int()
 
 
 def scores(router_logits: Tensor, score_function: str) -> Tensor:
-    """Return the score of every expert, in the shape of the logits."""
+    r"""Return the score of every expert.
+
+    Parameters
+    ----------
+    router_logits : Tensor of shape (..., num_experts), any floating dtype
+        The logits :math:`z`.
+    score_function : {"softmax", "sigmoid", "sqrtsoftplus"}
+        :math:`\mathrm{softmax}(z)`, :math:`\mathrm{sigmoid}(z)`, or :math:`\sqrt{\mathrm{softplus}(z)}`.
+
+    Returns
+    -------
+    Tensor of shape (..., num_experts), same dtype
+        The scores, differentiable.
+    """
     if score_function == "softmax":
         return router_logits.softmax(dim=-1)
     return router_logits.sigmoid() if score_function == "sigmoid" else functional.softplus(router_logits).sqrt()
+
+
+def renormalize_weights(weights: Tensor, p: float, eps: float, eps_mode: str) -> Tensor:
+    r"""Return the weights of each token over their :math:`L_p` norm, for p = 1 their sum.
+
+    Parameters
+    ----------
+    weights : Tensor of shape (..., top_k)
+        Not negative.
+    p, eps : float
+        Of the norm, and what keeps it from zero.
+    eps_mode : {"add", "clamp"}
+        Whether ``eps`` is added to the norm or is its least value.
+
+    Returns
+    -------
+    Tensor of shape (..., top_k), same dtype
+        The weights, differentiable.
+    """
+    norm: Tensor = torch.linalg.vector_norm(weights, p, dim=-1, keepdim=True)
+    return weights / (norm + eps if eps_mode == "add" else norm.clamp(min=eps))
 
 
 def _nan_last(values: Tensor) -> Tensor:
@@ -93,7 +138,16 @@ def _best(
 
 
 def plan(topk_ids: Tensor, num_experts: int, capacity: int | None = None) -> Plan:
-    """Return the plan of ``topk_ids`` [T, K]: each expert takes its slots in order, up to its capacity."""
+    """Sort the slots by expert: each takes its own in their order, up to its capacity.
+
+    Slot ``t * K + k`` is choice k of token t. It is dropped where the expert is full, or the id outside
+    ``[0, num_experts)``.
+
+    Returns
+    -------
+    Plan
+        Offsets of the experts' rows, and two maps that are inverse; -1 where a row has no slot, or a slot no row.
+    """
     slots_of: list[list[int]] = [[] for _ in range(num_experts)]
     for slot, expert in enumerate(topk_ids.flatten().tolist()):
         if 0 <= expert < num_experts and (capacity is None or len(slots_of[expert]) < capacity):
@@ -113,7 +167,13 @@ def plan(topk_ids: Tensor, num_experts: int, capacity: int | None = None) -> Pla
 
 
 def permute(hidden_states: Tensor, plan: Plan) -> Tensor:
-    """Return ``rows`` [R, H]: a row without a slot is zero."""
+    """Put the tokens of one expert side by side.
+
+    Returns
+    -------
+    Tensor of shape (num_rows, hidden_size), dtype of ``hidden_states``
+        ``rows[r] = hidden_states[row_to_slot[r] // K]``; rows without a slot, which are the last, are zero.
+    """
     used = int(plan.expert_offsets[-1])
     tokens = plan.row_to_slot[:used] // plan.top_k
     return torch.cat([hidden_states[tokens], hidden_states.new_zeros(plan.num_rows - used, hidden_states.shape[1])])
@@ -126,7 +186,14 @@ def grouped_gemm(
     bias: Tensor | None = None,  # [E, N]
     weight_layout: str = "out_in",
 ) -> Tensor:
-    """Return [R, N]: each expert's rows times its weight, rows past the last expert's zero."""
+    """Multiply each expert's rows by its own weight.
+
+    Returns
+    -------
+    Tensor of shape (num_rows, N), dtype of ``rows``
+        ``rows[r] @ weight[e].T + bias[e]`` (``weight[e]`` itself for ``in_out``) for the rows of expert e; rows past
+        ``expert_offsets[E]`` are zero.
+    """
     weight = weight.transpose(1, 2) if weight_layout == "in_out" else weight
     used = int(expert_offsets[-1])
     # Views of all experts at once: their gradient is put together once, not added up expert by expert.
@@ -145,7 +212,18 @@ def activation(
     limit: float | None = None,
     up_offset: float = 0.0,
 ) -> Tensor:
-    """Return [R, I]."""
+    r"""Apply the nonlinearity between the two projections.
+
+    With gate :math:`g` and up :math:`u`, the halves of a row (``concat``) or its even and odd columns
+    (``interleaved``): swiglu is :math:`g\,\sigma(\alpha g)\,(u + \mathtt{up\_offset})` after :math:`g` is clamped to at
+    most ``limit`` and :math:`u` to at most ``limit`` in magnitude; geglu, geglu_tanh and reglu are
+    :math:`\phi(g)\,u`. The others act on the whole row.
+
+    Returns
+    -------
+    Tensor of shape (num_rows, intermediate_size), same dtype
+        Its values.
+    """
     if not is_gated(activation):
         return _UNGATED[activation](pre_activation)
     if gate_layout == "concat":
@@ -170,7 +248,13 @@ _UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def combine(rows: Tensor, topk_weights: Tensor | None, plan: Plan) -> Tensor:
-    """Return [T, H]: the weighted sum of each token's rows, dropped slots left out."""
+    """Sum the rows of each token by weight.
+
+    Returns
+    -------
+    Tensor of shape (num_tokens, hidden_size), dtype of the product
+        ``sum_k topk_weights[t, k] * rows[slot_to_row[t, k]]``, dropped slots left out; without weights each is 1.
+    """
     padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # slot_to_row = -1 reads the zero row
     chosen = padded[plan.slot_to_row]  # [T, K, H]
     if topk_weights is not None:
@@ -194,7 +278,14 @@ def experts(
     limit: float | None = None,
     up_offset: float = 0.0,
 ) -> Tensor:
-    """Return [T, H]: the stages, one after the other."""
+    """Run each token through its experts: permute, grouped_gemm, activation, grouped_gemm, combine.
+
+    Returns
+    -------
+    Tensor of shape (num_tokens, hidden_size)
+        ``sum_k topk_weights[t, k] * (down[e] @ activation(gate_up[e] @ x[t] + b[e]) + c[e])`` with
+        ``e = topk_ids[t, k]``.
+    """
     rows = permute(hidden_states, plan)
     rows = grouped_gemm(rows, gate_up_proj, plan.expert_offsets, gate_up_bias, weight_layout)
     rows = _activation(rows, activation, gate_layout=gate_layout, alpha=alpha, limit=limit, up_offset=up_offset)
@@ -215,7 +306,16 @@ def ep_plan(
     placement: Tensor | None = None,  # [E, N]
     num_chunks: int = 1,
 ) -> EpPlan:
-    """Return which tokens go where: by chunk, then by rank, each token once per rank."""
+    """Plan the exchange between ranks: which tokens go where, by chunk, then by rank, each token once per rank.
+
+    A choice goes to physical expert ``e``, or with a placement to one of its replicas, the ``(token + ep_rank)``-th in
+    turn; rank ``physical // num_local_experts`` holds it.
+
+    Returns
+    -------
+    EpPlan
+        Where each choice is computed, the rows to send with their maps, and what each rank is told beforehand.
+    """
     local = num_local_experts or -(-num_experts // ep_size)
     table = [[e] for e in range(num_experts)] if placement is None else placement.tolist()
     num_tokens, top_k = topk_ids.shape
@@ -257,7 +357,21 @@ def ep_plan(
 
 
 def ep_wire(hidden_states: Tensor, wire: str = "input") -> Tensor:
-    """Return [T, H]: what arrives of tokens sent in the wire type. The scale and the quotient are rounded to fp32."""
+    """Return what arrives of tokens that are sent in a wire type.
+
+    Parameters
+    ----------
+    hidden_states : Tensor of shape (num_tokens, hidden_size), any floating dtype
+        The tokens.
+    wire : {"input", "fp8", "int8"}, default="input"
+        ``"input"`` sends them as they are. The others send ``round(x / scale)`` as float8_e4m3fn or int8, with one fp32
+        scale per token: its largest magnitude over 448 or 127.
+
+    Returns
+    -------
+    Tensor of shape (num_tokens, hidden_size), same dtype
+        ``scale * round(x / scale)``; the scale and the quotient are rounded to fp32.
+    """
     if wire == "input":
         return hidden_states
     largest = 448.0 if wire == "fp8" else 127.0

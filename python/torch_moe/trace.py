@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_moe import ops
 from torch_moe._routing import probabilities, scores
 from torch_moe.nn.layer import MoE
-from torch_moe.nn.router import ExtendedRouterOutput, RouterOutput
+from torch_moe.nn.router_output import ExtendedRouterOutput, RouterOutput
 from torch_moe.summary import Summary
 
 

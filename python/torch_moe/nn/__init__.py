@@ -3,7 +3,8 @@
 from torch_moe.nn.dense import DenseFFN, SharedExperts
 from torch_moe.nn.experts import Experts
 from torch_moe.nn.layer import ExtendedRouting, MoE, Routing
-from torch_moe.nn.router import ExtendedRouterOutput, RouterOutput, TopKRouter
+from torch_moe.nn.router import TopKRouter
+from torch_moe.nn.router_output import ExtendedRouterOutput, RouterOutput
 
 __all__ = [
     "DenseFFN",

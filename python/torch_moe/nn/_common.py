@@ -4,7 +4,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from torch_moe import _C, ops
@@ -22,6 +22,13 @@ def uniform_by_fan_in_(tensor: Tensor, fan_in: int) -> None:
     """Fill ``tensor`` uniformly in ±1/sqrt(fan_in), the rule of ``torch.nn.Linear``."""
     bound = 1 / math.sqrt(fan_in)
     tensor.uniform_(-bound, bound)
+
+
+def optional_parameter(
+    wanted: bool, *shape: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Parameter | None:
+    """Return a parameter that is yet to be filled, or None."""
+    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

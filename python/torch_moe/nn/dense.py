@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_moe.config import SharedExpertsConfig
-from torch_moe.nn._common import activate, require
+from torch_moe.nn._common import activate
 from torch_moe.ops.activation import is_gated
 
 
@@ -155,8 +155,8 @@ class SharedExperts(DenseFFN):
             If ``gate="router"`` and there are no ``shared_weights``.
         """
         if self.is_weighed:
-            require("SharedExperts", shared_weights is not None, 'gate="router" needs shared_weights, got None')
-            assert shared_weights is not None
+            if shared_weights is None:
+                raise ValueError('SharedExperts: gate="router" needs shared_weights, got None')
             rows = self._activate(self.gate_up_proj(hidden_states))
             parts = rows.view(*shared_weights.shape, -1) * shared_weights.unsqueeze(-1)
             weighed: Tensor = self.down_proj(parts.flatten(-2).to(rows.dtype))

@@ -11,7 +11,8 @@ from torch_moe.config import ExpertsConfig, MoEConfig, RouterConfig, SharedExper
 from torch_moe.nn._common import require
 from torch_moe.nn.dense import SharedExperts
 from torch_moe.nn.experts import Experts
-from torch_moe.nn.router import ExtendedRouterOutput, RouterOutput, TopKRouter
+from torch_moe.nn.router import TopKRouter
+from torch_moe.nn.router_output import ExtendedRouterOutput, RouterOutput
 
 _EXPERTS_OPTIONS = {field.name for field in fields(ExpertsConfig)}
 # What a layer may have beside its router and its experts: a layer over several ranks takes these over as they are.

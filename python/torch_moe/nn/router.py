@@ -1,19 +1,19 @@
-"""TopKRouter: the linear map that scores experts, and the selection."""
+"""TopKRouter: which experts each token goes to, and with what weight."""
 
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from torch_moe import ops, reference
 from torch_moe.config import RouterConfig
 from torch_moe.nn import selection
-from torch_moe.nn._common import require, uniform_by_fan_in_, without_autocast
-from torch_moe.nn.projection import ProjectionMLP
+from torch_moe.nn._common import optional_parameter
+from torch_moe.nn.projection import RouterProjection
+from torch_moe.nn.router_output import ExtendedRouterOutput, RouterOutput
 from torch_moe.nn.sparsemixer import sparsemixer
 
 _ROUTE_OPTIONS = (
@@ -22,49 +22,11 @@ _ROUTE_OPTIONS = (
 )  # fmt: skip
 
 
-class RouterOutput(NamedTuple):
-    """What a router decided.
-
-    Attributes
-    ----------
-    router_logits : Tensor of shape (num_tokens, num_experts), dtype=float32
-        The logits, differentiable, after noise and softcap. Zero experts have columns too.
-    topk_weights : Tensor of shape (num_tokens, top_k), dtype=float32
-        The weights, differentiable.
-    topk_ids : Tensor of shape (num_tokens, top_k), dtype=int32
-        The experts, before anything is dropped. With expert choice the number of columns varies, and -1 is none.
-    """
-
-    router_logits: Tensor
-    topk_weights: Tensor
-    topk_ids: Tensor
-
-
-class ExtendedRouterOutput(NamedTuple):
-    """What a router returns that does more than choose: those with shared sinks or a state.
-
-    Attributes
-    ----------
-    router_logits, topk_weights, topk_ids
-        As in :class:`RouterOutput`.
-    shared_weights : Tensor of shape (num_tokens, num_shared_sinks), dtype=float32, or None
-        What the shared experts weigh.
-    router_state : Tensor of shape (num_tokens, projection_size), dtype=float32, or None
-        To be given to the router of the next layer.
-    """
-
-    router_logits: Tensor
-    topk_weights: Tensor
-    topk_ids: Tensor
-    shared_weights: Tensor | None = None
-    router_state: Tensor | None = None
-
-
-class TopKRouter(nn.Module):
+class TopKRouter(RouterProjection):
     """Score the experts for each token and choose ``top_k`` of them.
 
     The logits are computed in fp32 (fp64 if the input or the weight is), whatever the dtype of the input and also
-    under autocast. ``weight`` starts uniform in ±1/sqrt(hidden_size), as in ``torch.nn.Linear``.
+    under autocast. ``weight`` starts uniform in ±1/sqrt of its columns, as in ``torch.nn.Linear``.
 
     Parameters
     ----------
@@ -102,13 +64,8 @@ class TopKRouter(nn.Module):
         If a size or option is impossible: see :class:`torch_moe.RouterConfig`.
     """
 
-    weight: nn.Parameter  # [E, H]
-    bias: nn.Parameter | None  # [E]
-    input_scale: nn.Parameter | None  # [H]
-    noise_weight: nn.Parameter | None  # [E, H]
     per_expert_scale: nn.Parameter | None  # [E]
     global_scale: nn.Parameter | None  # [1]
-    mlp: ProjectionMLP | None
     expert_bias: Tensor | None  # [E]
     hash_table: Tensor | None  # [vocab_size, K]
 
@@ -122,23 +79,14 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
         **options: Any,  # noqa: ANN401  # RouterConfig checks them
     ) -> None:
-        super().__init__()
         config = RouterConfig(hidden_size=hidden_size, num_experts=num_experts, top_k=top_k, **options)
-        self.config = config
-        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
-
-        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
-
+        super().__init__(config, device, dtype)
+        self.num_experts, self.top_k = num_experts, top_k
         choices = config.num_choices
-        rows, size = choices + config.num_shared_sinks, config.projection_size
-        self.mlp = None if size is None else ProjectionMLP(hidden_size, size, config.projection_state, device, dtype)
-        self.weight = nn.Parameter(torch.empty(rows, size or hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", parameter(config.projection_bias, rows))
-        self.register_parameter("input_scale", parameter(config.input_norm, hidden_size))
-        self.register_parameter("noise_weight", parameter(config.noisy, rows, hidden_size))
-        self.register_parameter("per_expert_scale", parameter(config.per_expert_scale, choices))
-        self.register_parameter("global_scale", parameter(config.global_scale, 1))
+        scale = optional_parameter(config.per_expert_scale, choices, device=device, dtype=dtype)
+        self.register_parameter("per_expert_scale", scale)
+        scale = optional_parameter(config.global_scale, 1, device=device, dtype=dtype)
+        self.register_parameter("global_scale", scale)
         bias = torch.empty(choices, device=device, dtype=torch.float32) if config.expert_bias else None
         self.register_buffer("expert_bias", bias)
         vocabulary = config.vocab_size
@@ -150,19 +98,30 @@ class TopKRouter(nn.Module):
     def from_config(
         cls, config: RouterConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "TopKRouter":
-        """Return the router of ``config``."""
+        """Return the router of ``config``.
+
+        Parameters
+        ----------
+        config : RouterConfig
+            All options.
+        device, dtype
+            Of the parameters.
+
+        Returns
+        -------
+        TopKRouter
+            With parameters drawn as the class says.
+        """
         return cls(**asdict(config), device=device, dtype=dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weight anew, uniform in ±1/sqrt(hidden_size); biases and noise start at 0, scales at 1."""
-        uniform_by_fan_in_(self.weight, self.weight.shape[1])
-        if self.mlp is not None:
-            self.mlp.reset_parameters()
-        for tensor, value in (
-            (self.bias, 0.0), (self.noise_weight, 0.0), (self.expert_bias, 0.0), (self.input_scale, 1.0),
-            (self.per_expert_scale, 1.0), (self.global_scale, 1.0),
-        ):  # fmt: skip
+        """Draw the weight anew, uniform in ±1/sqrt of its columns; biases and noise start at 0, scales at 1.
+
+        The ``hash_table`` becomes that of seed 0 again.
+        """
+        super().reset_parameters()
+        for tensor, value in ((self.expert_bias, 0.0), (self.per_expert_scale, 1.0), (self.global_scale, 1.0)):
             if tensor is not None:
                 tensor.fill_(value)
         if self.hash_table is not None:
@@ -186,7 +145,8 @@ class TopKRouter(nn.Module):
         token_ids : Tensor of shape (num_tokens,), integer, default=None
             What ``selection="hash"`` looks up.
         route_override : Tensor of shape (num_tokens, top_k), dtype=int32, default=None
-            Take these experts, weighed by this router's logits: the replay of another run's choice.
+            Take these experts, weighed by this router's logits: the replay of another run's choice. An id that is of no
+            expert weighs 0.
         router_state : Tensor of shape (num_tokens, projection_size), default=None
             With ``projection_state``: what the router of the layer before returned; None for the first layer.
 
@@ -194,7 +154,15 @@ class TopKRouter(nn.Module):
         -------
         RouterOutput, or ExtendedRouterOutput with ``num_shared_sinks`` or ``projection_state``
             Logits, weights and ids.
+
+        Raises
+        ------
+        ValueError
+            If a shape does not fit, ``token_ids`` are missing, or a ``router_state`` would do nothing.
+        RuntimeError
+            If :func:`torch_moe.ops.route` refuses ``route_override``, or a logit that ``check_finite`` looks at.
         """
+        self._check(hidden_states, route_override, router_state)
         config = self.config
         router_logits, state = self._project(hidden_states, router_state)
         sink_logits = router_logits[:, config.num_choices :]
@@ -202,15 +170,12 @@ class TopKRouter(nn.Module):
         ids = self._choose(router_logits, token_ids) if route_override is None else route_override
         topk_weights, topk_ids = self._weigh(router_logits, ids)
         if self.per_expert_scale is not None:
-            topk_weights = topk_weights * self.per_expert_scale.to(topk_weights.dtype)[topk_ids.clamp(min=0).long()]
+            # What is clamped belongs to no expert, and weighs 0 already.
+            scale = self.per_expert_scale.to(topk_weights.dtype)
+            topk_weights = topk_weights * scale[topk_ids.long().clamp(0, config.num_choices - 1)]
         shared_weights = None
         if config.num_shared_sinks:
-            # The weights are the scores yet: their sum takes in those of the shared experts.
-            scores = torch.cat([topk_weights, self.scores(sink_logits)], dim=-1)
-            divisor, eps = scores.sum(dim=-1, keepdim=True), config.renormalize_eps
-            scores = scores / (divisor + eps if config.renormalize_eps_mode == "add" else divisor.clamp(min=eps))
-            scores = scores * config.routed_scaling_factor
-            topk_weights, shared_weights = scores[:, : topk_ids.shape[-1]], scores[:, topk_ids.shape[-1] :]
+            topk_weights, shared_weights = self._weigh_with_sinks(topk_weights, sink_logits)
         if self.global_scale is not None:
             scale = self.global_scale.to(topk_weights.dtype)
             topk_weights = topk_weights * scale
@@ -218,6 +183,30 @@ class TopKRouter(nn.Module):
         if config.num_shared_sinks or config.projection_state:
             return ExtendedRouterOutput(router_logits, topk_weights, topk_ids, shared_weights, state)
         return RouterOutput(router_logits, topk_weights, topk_ids)
+
+    def _check(self, hidden_states: Tensor, route_override: Tensor | None, router_state: Tensor | None) -> None:
+        """Refuse what would be cut or spread without a word; the messages are made only when they are needed."""
+        if hidden_states.dim() != 2:
+            raise ValueError(
+                "TopKRouter: hidden_states must have 2 dimensions [num_tokens, hidden_size], got shape "
+                f"{list(hidden_states.shape)} (call .flatten(0, -2))"
+            )
+        num_tokens = hidden_states.shape[0]
+        if router_state is not None and not self.config.projection_state:
+            raise ValueError("TopKRouter: router_state does nothing without projection_state=True: leave it out")
+        size = self.config.projection_size
+        if router_state is not None and router_state.shape != (num_tokens, size):
+            raise ValueError(
+                f"TopKRouter: router_state must have shape [{num_tokens}, {size}] = [num_tokens, projection_size], got "
+                f"{list(router_state.shape)}"
+            )
+        # The other selections leave this to ops.route.
+        replayed = None if self.config.selection != "sparsemixer" else route_override
+        if replayed is not None and replayed.shape != (num_tokens, self.top_k):
+            raise ValueError(
+                f"TopKRouter: route_override must have shape [{num_tokens}, {self.top_k}] = [num_tokens, top_k], got "
+                f"{list(replayed.shape)}"
+            )
 
     def _weigh(self, router_logits: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return weights and ids; ``ids`` where they are given."""
@@ -243,86 +232,42 @@ class TopKRouter(nn.Module):
             **options,
         )
 
-    def noise(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what ``noisy`` adds noise to, and how much, for :func:`torch_moe.losses.load_loss`.
+    def _weigh_with_sinks(self, scores: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of the chosen and of the shared experts: their scores over the sum of both."""
+        config, top_k = self.config, scores.shape[-1]
+        scores = torch.cat([scores, self.scores(sink_logits)], dim=-1)
+        weights = reference.renormalize_weights(scores, 1.0, config.renormalize_eps, config.renormalize_eps_mode)
+        weights = weights * config.routed_scaling_factor
+        return weights[:, :top_k], weights[:, top_k:]
+
+    def scores(self, router_logits: Tensor) -> Tensor:
+        """Return the score function of every logit: probabilities for softmax, else a score of each expert alone.
 
         Parameters
         ----------
-        hidden_states : Tensor of shape (num_tokens, hidden_size), any floating dtype
-            The tokens.
+        router_logits : Tensor of shape (..., num_experts)
+            The logits, as in :class:`RouterOutput`.
 
         Returns
         -------
-        clean_logits : Tensor of shape (num_tokens, num_experts), dtype=float32 or float64
-            The logits without noise.
-        noise_std : Tensor of shape (num_tokens, num_experts), dtype=float32 or float64
-            Standard deviation of the noise. Both are differentiable and have columns of zero experts, too.
-
-        Raises
-        ------
-        ValueError
-            If the router's logits in training are not these plus noise: without ``noisy``, with ``input_jitter`` or
-            ``logit_softcap``.
+        Tensor of shape (..., num_experts), same dtype
+            The scores, differentiable, before any bias, selection or normalisation.
         """
-        config = self.config
-        require(
-            "TopKRouter",
-            config.noisy and config.input_jitter == 0 and config.logit_softcap is None,
-            "noise() needs noisy=True, input_jitter=0 and logit_softcap=None: others have no logits that are these "
-            "plus noise",
-        )
-        x, dtype = self._widened(hidden_states)
-        with without_autocast(hidden_states.device.type):
-            x = self._seen(x)
-            logits, _ = self._clean_logits(x, hidden_states.dtype, None)
-            return logits[:, : config.num_choices].to(dtype), self._noise_std(x)[:, : config.num_choices]
-
-    def _project(self, hidden_states: Tensor, router_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the logits (num_tokens, num_experts + num_shared_sinks) in fp32, with jitter and noise in training."""
-        x, dtype = self._widened(hidden_states)
-        with without_autocast(hidden_states.device.type):
-            x = self._seen(x)
-            logits, state = self._clean_logits(x, hidden_states.dtype, router_state)
-            logits = logits.to(dtype)
-            if self.training and self.noise_weight is not None:
-                logits = logits + torch.randn_like(logits) * self._noise_std(x)
-        cap = self.config.logit_softcap
-        return (logits if cap is None else cap * torch.tanh(logits / cap)), state
-
-    def _widened(self, hidden_states: Tensor) -> tuple[Tensor, torch.dtype]:
-        """Return the tokens in the dtype of the router's arithmetic, and that: fp32, or fp64 where any is."""
-        dtype = torch.promote_types(torch.promote_types(hidden_states.dtype, self.weight.dtype), torch.float32)
-        return hidden_states.to(dtype), dtype
-
-    def _seen(self, x: Tensor) -> Tensor:
-        """Return what the projection is given of the tokens."""
-        config = self.config
-        if self.input_scale is not None:
-            normed = functional.rms_norm(x, x.shape[-1:], eps=1e-6)
-            x = normed * self.input_scale.to(x.dtype) / math.sqrt(self.hidden_size)
-        if self.training and config.input_jitter > 0:
-            x = x * torch.empty_like(x).uniform_(1 - config.input_jitter, 1 + config.input_jitter)
-        return x
-
-    def _clean_logits(
-        self, x: Tensor, input_dtype: torch.dtype, router_state: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        at, state = input_dtype if self.config.projection_dtype == "input" else x.dtype, None
-        features = x.to(at)
-        if self.mlp is not None:
-            features, state = self.mlp(features, router_state)
-        return functional.linear(features, self.weight.to(at), None if self.bias is None else self.bias.to(at)), state
-
-    def _noise_std(self, x: Tensor) -> Tensor:
-        assert self.noise_weight is not None
-        return functional.softplus(functional.linear(x, self.noise_weight.to(x.dtype)))
-
-    def scores(self, router_logits: Tensor) -> Tensor:
-        """Return the score of every expert (num_tokens, num_experts), as the losses and the inspection want it."""
         return reference.scores(router_logits, self.config.score_function)
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Return the slots an expert takes at most of ``num_tokens`` tokens, or None for all."""
+        """Return how many slots an expert takes at most, in the present mode (training or evaluation).
+
+        Parameters
+        ----------
+        num_tokens : int
+            Tokens of a call, or of a sequence with ``capacity_scope="sequence"``.
+
+        Returns
+        -------
+        int or None
+            ``ceil(capacity_factor * num_tokens * top_k / num_experts)``, or ``capacity``; None: nothing is dropped.
+        """
         config = self.config
         factor = config.capacity_factor
         if not self.training and config.eval_capacity_factor is not None:
@@ -339,7 +284,20 @@ class TopKRouter(nn.Module):
         return any(bound is not None for bound in bounds) or config.second_expert_policy == "random"
 
     def plan(self, routed: RouterOutput | ExtendedRouterOutput, tokens_per_sequence: int) -> ops.Plan:
-        """Plan the rows, after dropping what has no room: ``routed`` itself keeps what was chosen."""
+        """Plan the rows of the experts, after dropping what has no room.
+
+        Parameters
+        ----------
+        routed : RouterOutput or ExtendedRouterOutput
+            What :meth:`forward` returned; it keeps what was chosen.
+        tokens_per_sequence : int
+            Length of the sequences that the tokens are of, one after the other, for ``capacity_scope="sequence"``.
+
+        Returns
+        -------
+        Plan
+            Where a slot was dropped, its ``slot_to_row`` is -1.
+        """
         config, ids = self.config, routed.topk_ids
         if config.selection == "expert_choice":
             return ops.plan(ids, self.num_experts)
@@ -366,7 +324,21 @@ class TopKRouter(nn.Module):
         return ops.plan(ids, self.num_experts)
 
     def weights_of_kept(self, routed: RouterOutput | ExtendedRouterOutput, plan: ops.Plan) -> Tensor:
-        """Return the weights (num_tokens, top_k) that the experts are given, after slots were dropped."""
+        """Return the weights that the experts are given, after slots were dropped.
+
+        Parameters
+        ----------
+        routed : RouterOutput or ExtendedRouterOutput
+            What :meth:`forward` returned.
+        plan : Plan
+            What :meth:`plan` made of it.
+
+        Returns
+        -------
+        Tensor of shape (num_tokens, top_k), dtype=float32 (float64 for float64 logits)
+            ``topk_weights``; with ``renormalize_before_drop=False`` those of the kept slots alone have the sum
+            ``routed_scaling_factor``, and the others are 0.
+        """
         config, weights = self.config, routed.topk_weights
         if config.renormalize_before_drop:
             return weights
@@ -384,8 +356,8 @@ class TopKRouter(nn.Module):
             size = (router_logits.shape[0], self.top_k, self.num_experts)
             return selection.zipf_ids(*size, config.force_biased, router_logits.device)
         if self.hash_table is not None:
-            require("TopKRouter", token_ids is not None, 'selection="hash" needs token_ids, got None')
-            assert token_ids is not None
+            if token_ids is None:
+                raise ValueError('TopKRouter: selection="hash" needs token_ids, got None')
             return self.hash_table[token_ids.reshape(-1).long()]
         if config.second_expert_policy == "sampling" and self.training:
             return selection.sampled_second_ids(router_logits)
