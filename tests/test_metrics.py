@@ -112,6 +112,16 @@ def test_flip_rate_of_two_choices():
     assert flip_rate(ids, other, mask=torch.tensor([0, 1])) == 0.5
 
 
+def test_flip_rate_refuses_other_tokens():
+    ids = torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=r"flip_rate: other_ids must have the tokens of topk_ids, \[3\], got .*\[1, 2\]"
+    ):
+        flip_rate(ids, ids[:1])  # which would be spread over all tokens
+    with pytest.raises(ValueError, match="flip_rate: mask must have one element per token, 3"):
+        flip_rate(ids, ids, mask=torch.ones(1))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_drop_rate(masked):
     layer, x = make(capacity_factor=0.7), randn(T, H)
@@ -162,6 +172,45 @@ def test_a_choice_that_is_no_top_k_has_no_margin(options):
     )
     assert math.isnan(value(stats, "margin"))
     assert math.isnan(value(stats, "flip_rate"))
+
+
+def test_a_replayed_choice_has_no_margin():
+    layer = make(**OPTIONS)
+    stats = RoutingStats.attach(layer)
+    layer(randn(T, H), route_override=torch.tensor([[0, 1]], dtype=torch.int32).expand(T, K))
+    assert stats.tokens_per_expert(0).tolist() == [T, T, 0, 0, 0, 0]
+    assert 0 < value(stats, "entropy") < 1
+    assert math.isnan(value(stats, "margin"))
+    assert math.isnan(value(stats, "flip_rate"))
+
+
+def test_a_slot_without_an_expert_does_not_flip():
+    stats, logits = RoutingStats(3), torch.tensor([[3.0, 2.0, 1.0]])
+    stats.observe(Observation(torch.tensor([[0, -1]]), router_logits=logits, route_options={}))
+    assert value(stats, "flip_rate") == 0
+
+
+def test_a_single_expert_is_certain():
+    stats = RoutingStats(1)
+    stats.observe(Observation(torch.zeros(2, 1, dtype=torch.int64), router_logits=torch.ones(2, 1)))
+    assert value(stats, "entropy") == value(stats, "mean_entropy") == 0
+
+
+def test_sums_follow_the_routing_to_its_device():
+    stats = RoutingStats(E)
+    ids, logits = torch.zeros(T, K, dtype=torch.int32, device="meta"), torch.zeros(T, E, device="meta")
+    stats.observe(Observation(ids, torch.zeros(T, K, device="meta"), logits, route_options={}))
+    assert {sums.device.type for sums in stats.state_dict().values()} == {"meta"}
+
+
+def test_a_layer_with_a_router_of_another_kind_is_no_layer():
+    class Other(nn.Module):
+        num_experts = E
+
+    model = nn.Sequential(make(), make())
+    model[0].router = Other()
+    stats = RoutingStats.attach(model)
+    assert len(stats.metrics()["max_vio"]) == 1
 
 
 def test_padding_is_not_counted():

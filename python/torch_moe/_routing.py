@@ -6,12 +6,13 @@ device.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from torch_moe import reference
+from torch_moe import ops, reference
+from torch_moe.ops._common import has_kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,6 +77,43 @@ def count_tokens(topk_ids: Tensor, num_experts: int, mask: Tensor | None = None)
     bins = torch.where(counted, ids, num_experts).flatten(-2)
     counts = bins.new_zeros(*bins.shape[:-1], num_experts + 1)
     return counts.scatter_add(-1, bins, torch.ones_like(bins))[..., :num_experts]
+
+
+def max_vio(tokens_per_expert: Tensor) -> Tensor:
+    """Return ``max(count) / mean(count) - 1`` over the last dimension: 0 is even, NaN is no count at all.
+
+    Parameters
+    ----------
+    tokens_per_expert : Tensor of shape (..., num_experts), any dtype
+        The counts.
+
+    Returns
+    -------
+    Tensor of shape (...), dtype=float64
+        The violation.
+
+    References
+    ----------
+    arXiv 2408.15664.
+    """
+    counts = tokens_per_expert.double()
+    return counts.amax(dim=-1) / counts.mean(dim=-1) - 1
+
+
+def lost_choices(topk_ids: Tensor, other_ids: Tensor) -> Tensor:
+    """Tell of each choice (..., K) whether another choice for the same tokens lacks it, whatever their order."""
+    return ~(topk_ids.unsqueeze(-1) == other_ids.unsqueeze(-2)).any(dim=-1)
+
+
+def route(
+    router_logits: Tensor,
+    top_k: int,
+    expert_bias: Tensor | None,
+    **options: Any,  # noqa: ANN401  # those of ops.route
+) -> tuple[Tensor, Tensor]:
+    """Call :func:`torch_moe.ops.route`, or its specification on a device that has no kernels."""
+    function = ops.route if has_kernels(router_logits.device) else reference.route
+    return function(router_logits, top_k, expert_bias, **options)
 
 
 def flat_mask(owner: str, mask: Tensor | None, num_tokens: int) -> Tensor | None:

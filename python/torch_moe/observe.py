@@ -33,6 +33,8 @@ class Observation(NamedTuple):
         The load after capacity.
     score_function : str, default="softmax"
         What makes probabilities of the logits, where ``route_options`` does not tell.
+    is_replay : bool, default=False
+        Whether the ids were given to the router: then they follow from no logits of this call.
     """
 
     topk_ids: Tensor
@@ -42,6 +44,7 @@ class Observation(NamedTuple):
     route_options: Mapping[str, Any] | None = None
     tokens_per_expert: Tensor | None = None
     score_function: str = "softmax"
+    is_replay: bool = False
 
 
 Read = Callable[[nn.Module, tuple[Any, ...], Any], Observation]
@@ -52,7 +55,22 @@ _SELECTION = ("score_function", "score_order", "num_groups", "topk_groups", "gro
 
 
 def read_router(router: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Observation:
-    """Read a :class:`torch_moe.TopKRouter`, or any module that returns its tensors, of which the first three count."""
+    """Read a :class:`torch_moe.TopKRouter`, or any module that returns its tensors.
+
+    Parameters
+    ----------
+    router : Module
+        What was called.
+    inputs : tuple
+        Its positional arguments, which are not looked at.
+    output : tuple
+        Logits, weights and ids, and perhaps more.
+
+    Returns
+    -------
+    Observation
+        With ``route_options`` where :func:`torch_moe.ops.route` selects the ids of a TopKRouter from its logits.
+    """
     router_logits, topk_weights, topk_ids = output[:3]
     bias = getattr(router, "expert_bias", None)
     if not isinstance(router, TopKRouter):
@@ -100,12 +118,24 @@ class RouterObserver(ABC):
             Makes an :class:`Observation` of a router, the arguments it was called with, and what it returned.
         """
         for layer, router in enumerate(routers):
-            self._hooks.append(router.register_forward_hook(partial(self._on_forward, layer, read)))
+            hook = partial(self._on_forward, layer, read)
+            self._hooks.append(router.register_forward_hook(hook, with_kwargs=True))
 
-    def _on_forward(self, layer: int, read: Read, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
+    def _on_forward(
+        self,
+        layer: int,
+        read: Read,
+        router: nn.Module,
+        inputs: tuple[Any, ...],
+        options: dict[str, Any],
+        output: Any,  # noqa: ANN401
+    ) -> None:
         # A forward inside the backward is the recomputation of one that was counted.
         if self._wants(router) and not is_recomputing():
-            self.observe(read(router, inputs, output), layer, mask=self.mask)
+            observation = read(router, inputs, output)
+            if options.get("route_override") is not None:
+                observation = observation._replace(is_replay=True)
+            self.observe(observation, layer, mask=self.mask)
 
     def _wants(self, router: nn.Module) -> bool:
         """Tell whether a forward of ``router`` in its present mode counts."""

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torch_moe import _C
+
 # What torch hands to setup_context and backward, and what it returns; torch has no public type for them.
 Context: TypeAlias = Any
 # Options that a function only passes on.
@@ -19,6 +21,11 @@ def register_fake(op: str) -> Callable[[_Fake], _Fake]:
     """Register the decorated function as the shape inference of ``torch.ops.moe.<op>``."""
     decorator: Callable[[_Fake], _Fake] = torch.library.register_fake(f"moe::{op}")
     return decorator
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Tell whether the operators run on a device; on meta they give shapes."""
+    return device.type in ("cpu", "meta") or (device.type == "cuda" and bool(_C.build_info()["cuda"]))
 
 
 def check_rank(op: str, argument: str, tensor: Tensor, rank: int) -> None:

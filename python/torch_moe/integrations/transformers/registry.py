@@ -5,10 +5,10 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from torch_moe import _C
 from torch_moe.integrations.transformers.forward import experts_forward
 from torch_moe.integrations.transformers.fp8 import fp8_experts_forward
 from torch_moe.integrations.transformers.gate import Host
+from torch_moe.ops._common import has_kernels
 
 NAME = "torch_moe"
 STOCK = "grouped_mm"  # the implementation that every decorated model takes by default
@@ -81,10 +81,8 @@ def _interfaces() -> tuple[Host, Host]:
 
 
 def _where_there_are_kernels(ours: ExpertsForward, stock: ExpertsForward) -> ExpertsForward:
-    devices = ("meta", "cpu", "cuda") if _C.build_info()["cuda"] else ("meta", "cpu")
-
     def forward(self: Host, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        implementation = ours if hidden_states.device.type in devices else stock
+        implementation = ours if has_kernels(hidden_states.device) else stock
         return implementation(self, hidden_states, top_k_index, top_k_weights)
 
     forward.is_torch_moe = True  # type: ignore[attr-defined]

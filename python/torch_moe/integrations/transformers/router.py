@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torch_moe import ops, reference
+from torch_moe._routing import route
 from torch_moe.integrations.transformers.gate import Host
 from torch_moe.nn._common import without_autocast
 
@@ -47,8 +47,6 @@ class Rule(NamedTuple):
 
     def select(self, router: nn.Module, logits: Tensor, top_k: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return weights and ids of shape (num_tokens, top_k) as the router would, with a bias on its selection."""
-        # The specification stands in for the operator on devices that have none yet.
-        route = ops.route if logits.is_cpu else reference.route
         weights, ids = route(logits, top_k, None if bias is None else bias.to(logits.dtype), **self.options)
         return (weights * getattr(router, self.scale)[ids.long()] if self.scale else weights), ids
 
