@@ -264,6 +264,11 @@ def test_refused():
         router.expert_bias = router.expert_bias.bfloat16()
         return router
 
+    def column_bias():
+        router = TopKRouter(H, E, K, expert_bias=True)
+        router.expert_bias = router.expert_bias[None]
+        return router
+
     calls = {
         "method must be in .*, got 'adam'": lambda: BiasBalancer(E, method="adam"),
         "num_experts must be at least 1, got 0": lambda: BiasBalancer(0),
@@ -289,6 +294,15 @@ def test_refused():
         r"tokens_per_expert must have shape \[6\], got \[5\]": lambda: BiasBalancer(E).add(torch.ones(5)),
         "step needs biases, because no routers are attached": lambda: BiasBalancer(E).step(),
         "step needs 2 biases, got 1": lambda: BiasBalancer(E, 2).step([torch.zeros(E)]),
+        r"biases must have shape \[6\], got \[\[6\], \[1\]\]": lambda: BiasBalancer(E, 2).step(
+            [torch.zeros(E), torch.zeros(1)]
+        ),
+        r"pid_gains must be two numbers, p and d, got \(1.0,\)": lambda: BiasBalancer(
+            E, method="pid", pid_gains=(1.0,)
+        ),
+        r"expert_bias of router 0 must have shape \(num_experts,\), got \[1, 6\]": lambda: BiasBalancer.attach(
+            [column_bias()]
+        ),
     }
     for message, call in calls.items():
         with pytest.raises(ValueError, match=f"BiasBalancer: {message}"):

@@ -400,6 +400,23 @@ def test_compiles_whole(level):
             r"load_balancing_loss: mask must have one element per token, 4, got shape \[3\] \(True for a token",
         ),
         (
+            lambda: load_balancing_loss(torch.zeros(2, 4, 3), torch.zeros(2, 4, 1), mask=torch.ones(4, 2)),
+            r"load_balancing_loss: mask must have the shape of the tokens, \[2, 4\], got \[4, 2\] \(transpose it",
+        ),
+        (lambda: z_loss(torch.zeros(2, 4, 3), mask=torch.ones(4, 2)), "z_loss: mask must have the shape of the tokens"),
+        (
+            lambda: load_loss(*torch.ones(3, 2, 4, 3), 2, mask=torch.ones(4, 2)),
+            "load_loss: mask must have the shape of the tokens",
+        ),
+        (
+            lambda: importance_loss(torch.ones(2, 4, 2), torch.ones(2, 4, 2), 3, mask=torch.ones(4, 2)),
+            "importance_loss: mask must have the shape of the tokens",
+        ),
+        (
+            lambda: GlobalLoad(3)(torch.zeros(2, 4, 1), mask=torch.ones(4, 2)),
+            "GlobalLoad: mask must have the shape of the tokens",
+        ),
+        (
             lambda: load_balancing_loss(torch.zeros(4, 3), torch.zeros(4, 1), level="global"),
             "load_balancing_loss: level must be in .*, got 'global' .*GlobalLoad",
         ),

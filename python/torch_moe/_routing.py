@@ -6,6 +6,8 @@ device.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,14 +118,35 @@ def route(
     return function(router_logits, top_k, expert_bias, **options)
 
 
-def flat_mask(owner: str, mask: Tensor | None, num_tokens: int) -> Tensor | None:
-    """Return ``mask`` as booleans of shape (num_tokens,), or raise ``ValueError`` with the owner's name."""
+def flat_mask(owner: str, mask: Tensor | None, tokens: Sequence[int]) -> Tensor | None:
+    """Return a mask as booleans of shape (num_tokens,).
+
+    Parameters
+    ----------
+    owner : str
+        Whose argument it is, for the message.
+    mask : Tensor or None
+        False or 0 where a token is padding, in the shape of the tokens, or any shape where either is flat.
+    tokens : sequence of int
+        The shape of the tokens.
+
+    Raises
+    ------
+    ValueError
+        If the mask has other elements, or the same ones in another shape: (length, batch) is no (batch, length).
+    """
     if mask is None:
         return None
+    num_tokens = math.prod(tokens)
     if mask.numel() != num_tokens:
         raise ValueError(
             f"{owner}: mask must have one element per token, {num_tokens}, got shape {list(mask.shape)} "
             "(True for a token, False for padding)"
+        )
+    if min(mask.dim(), len(tokens)) > 1 and mask.shape != tuple(tokens):
+        raise ValueError(
+            f"{owner}: mask must have the shape of the tokens, {list(tokens)}, got {list(mask.shape)} (transpose it, "
+            "or call .flatten() if its order is that of the tokens)"
         )
     return mask.reshape(-1).bool()
 

@@ -94,6 +94,7 @@ class BiasBalancer(RouterObserver):
         if rate is None:
             rate = 1.0 if method == "quantile" else 1e-3
         _require(rate >= 0, f"rate must not be negative, got {rate}")
+        _require(len(pid_gains) == 2, f"pid_gains must be two numbers, p and d, got {pid_gains}")
         self.num_experts = num_experts
         self.num_layers = num_layers
         self.method = method
@@ -139,7 +140,7 @@ class BiasBalancer(RouterObserver):
         Raises
         ------
         ValueError
-            If no router has a bias, a bias is not float32, or numbers of experts differ.
+            If no router has a bias, a bias is not float32 or not flat, or numbers of experts differ.
         """
         routers = find_routers(model)
         if isinstance(model, nn.Module):
@@ -156,6 +157,8 @@ class BiasBalancer(RouterObserver):
                 f"{bias_name} of router {number} must be float32, got {bias.dtype} (call .float(): a step is too small "
                 "for 16 bits)",
             )
+            flat = bias.dim() == 1
+            _require(flat, f"{bias_name} of router {number} must have shape (num_experts,), got {list(bias.shape)}")
         sizes = sorted({getattr(router, bias_name).numel() for router in routers})
         _require(len(sizes) == 1, f"all layers must have as many experts, got {sizes} (attach one balancer to each)")
         grouped = [router for router in routers if isinstance(router, TopKRouter) and router.config.num_groups > 1]
@@ -169,7 +172,7 @@ class BiasBalancer(RouterObserver):
         return balancer
 
     def _wants(self, router: nn.Module) -> bool:
-        return router.training
+        return router.training  # an evaluation must not move the biases
 
     @torch.no_grad()
     def add(self, tokens_per_expert: Tensor, layer: int = 0) -> None:
@@ -221,12 +224,9 @@ class BiasBalancer(RouterObserver):
         router_logits, options = observation.router_logits, observation.route_options or {}
         if router_logits is None:
             raise ValueError("BiasBalancer: method 'quantile' needs router_logits in the observation")
-        by_logit = options.get("score_order") == "topk_then_score"
-        score = (
-            router_logits
-            if by_logit
-            else scores(router_logits, options.get("score_function", observation.score_function))
-        )
+        score = router_logits
+        if options.get("score_order") != "topk_then_score":
+            score = scores(router_logits, options.get("score_function", observation.score_function))
         self._move(layer, score.device)
         target, num_tokens = _balancing_bias(score, observation.expert_bias, observation.topk_ids.shape[-1], mask)
         self._targets[layer].add_(torch.cat([target * num_tokens, num_tokens.view(1)]))
@@ -243,12 +243,15 @@ class BiasBalancer(RouterObserver):
         Raises
         ------
         ValueError
-            If there are not as many biases as layers.
+            If there are not as many biases as layers, or one is of another number of experts.
         """
         if biases is None:
             _require(bool(self._biased), "step needs biases, because no routers are attached")
             biases = [getattr(router, name) for router, name in self._biased]
         _require(len(biases) == self.num_layers, f"step needs {self.num_layers} biases, got {len(biases)}")
+        shapes = [list(bias.shape) for bias in biases]
+        expected = [self.num_experts]
+        _require(all(shape == expected for shape in shapes), f"biases must have shape {expected}, got {shapes}")
         device = biases[0].device
         old = torch.stack([bias.to(device) for bias in biases])  # [L, E]
         if self.method == "quantile":

@@ -58,7 +58,7 @@ def load_balancing_loss(
     tokens_per_expert : Tensor of shape (num_experts,), default=None
         The load itself, in place of ``topk_ids``: ``routing.tokens_per_expert`` is the load after capacity.
         (num_sequences, num_experts) for ``level="sequence"``.
-    mask : Tensor of shape (...), default=None
+    mask : Tensor of shape (...) or flat, default=None
         False or 0 where a token is padding: it enters neither :math:`f` (of ``topk_ids``) nor :math:`P`.
     score_function : {"softmax", "sigmoid", "sqrtsoftplus"}, default="softmax"
         The router's.
@@ -79,34 +79,22 @@ def load_balancing_loss(
     ----------
     arXiv 2101.03961 (Switch), 2412.19437 (sequence level), 2501.11873 (global level).
     """
-    name = "load_balancing_loss"
-    if level not in ("micro", "sequence"):
-        raise ValueError(
-            f"{name}: level must be in ('micro', 'sequence'), got {level!r} (for the global level give "
-            "tokens_per_expert of GlobalLoad)"
-        )
+    name, num_experts = "load_balancing_loss", router_logits.shape[-1]
     if (topk_ids is None) == (tokens_per_expert is None):
         raise ValueError(f"{name}: give exactly one of topk_ids and tokens_per_expert")
-    num_experts = router_logits.shape[-1]
-    tokens = router_logits.shape[:-1]
-    if level == "sequence" and len(tokens) != 2:
-        raise ValueError(
-            f"{name}: level='sequence' needs router_logits of shape (num_sequences, num_tokens, num_experts), got "
-            f"{list(router_logits.shape)} (call .view)"
-        )
-    mask = flat_mask(name, mask, tokens.numel())
-    tokens_shape = tokens if level == "sequence" else (tokens.numel(),)
-    logits = router_logits.reshape(*tokens_shape, num_experts)
-    mask = None if mask is None else mask.view(tokens_shape)
-
+    tokens = _tokens_of_level(router_logits, level)
+    logits = router_logits.reshape(*tokens, num_experts)
+    mask = flat_mask(name, mask, router_logits.shape[:-1])
+    mask = None if mask is None else mask.view(tokens)
     if topk_ids is not None:
-        if topk_ids.shape[:-1].numel() != tokens.numel():
+        if topk_ids.shape[:-1].numel() != logits.shape[:-1].numel():
             raise ValueError(
-                f"{name}: topk_ids must have the tokens of router_logits, {list(tokens)}, got {list(topk_ids.shape)}"
+                f"{name}: topk_ids must have the tokens of router_logits, {list(router_logits.shape[:-1])}, got "
+                f"{list(topk_ids.shape)}"
             )
-        tokens_per_expert = count_tokens(topk_ids.reshape(*tokens_shape, -1), num_experts, mask)
+        tokens_per_expert = count_tokens(topk_ids.reshape(*tokens, -1), num_experts, mask)
     assert tokens_per_expert is not None
-    expected = (*tokens_shape[:-1], num_experts)
+    expected = (*tokens[:-1], num_experts)
     if tokens_per_expert.shape != expected:
         raise ValueError(
             f"{name}: tokens_per_expert must have shape {list(expected)}, got {list(tokens_per_expert.shape)}"
@@ -120,6 +108,24 @@ def load_balancing_loss(
     losses = num_experts * (load * mean_probability).sum(dim=-1)
     # A sequence without a token reads 0 and is no sequence.
     return losses.sum() / (num_tokens > 0).sum().clamp(min=1)
+
+
+def _tokens_of_level(router_logits: Tensor, level: str) -> tuple[int, ...]:
+    """Return the shape of the tokens, of which the last dimension is what the load is balanced over."""
+    shape = router_logits.shape
+    if level == "micro":
+        return (shape[:-1].numel(),)
+    if level != "sequence":
+        raise ValueError(
+            f"load_balancing_loss: level must be in ('micro', 'sequence'), got {level!r} (for the global level give "
+            "tokens_per_expert of GlobalLoad)"
+        )
+    if len(shape) != 3:
+        raise ValueError(
+            "load_balancing_loss: level='sequence' needs router_logits of shape (num_sequences, num_tokens, "
+            f"num_experts), got {list(shape)} (call .view)"
+        )
+    return tuple(shape[:-1])
 
 
 def importance_loss(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, *, mask: Tensor | None = None) -> Tensor:
@@ -136,7 +142,7 @@ def importance_loss(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, *,
         The experts, distinct within a token. An id outside ``[0, num_experts)`` has no share.
     num_experts : int
         Number of experts.
-    mask : Tensor of shape (...), default=None
+    mask : Tensor of shape (...) or flat, default=None
         False or 0 where a token is padding.
 
     Returns
@@ -161,7 +167,7 @@ def importance_loss(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, *,
     ids = topk_ids.reshape(-1, topk_ids.shape[-1]).long()
     weights = topk_weights.reshape(ids.shape).to(torch.promote_types(topk_weights.dtype, torch.float32))
     counted = (ids >= 0) & (ids < num_experts)
-    mask = flat_mask("importance_loss", mask, ids.shape[0])
+    mask = flat_mask("importance_loss", mask, topk_ids.shape[:-1])
     if mask is not None:
         counted = counted & mask.unsqueeze(-1)
     # Ids are distinct within a token, so that nothing is added up in an order that varies from run to run.
@@ -194,7 +200,7 @@ def load_loss(
         Standard deviation of the noise, :math:`\sigma`.
     top_k : int
         Experts per token, fewer than there are: nothing is to be balanced where every token takes all.
-    mask : Tensor of shape (...), default=None
+    mask : Tensor of shape (...) or flat, default=None
         False or 0 where a token is padding.
 
     Returns
@@ -221,7 +227,7 @@ def load_loss(
         raise ValueError(f"load_loss: top_k must be in [1, num_experts - 1 = {num_experts - 1}], got {top_k}")
     dtype = torch.promote_types(noisy_logits.dtype, torch.float32)
     noisy, clean, std = (t.reshape(-1, num_experts).to(dtype) for t in (noisy_logits, clean_logits, noise_std))
-    mask = flat_mask("load_loss", mask, noisy.shape[0])
+    mask = flat_mask("load_loss", mask, shape[:-1])
     padding = None if mask is None else ~mask.unsqueeze(-1)
     if padding is not None:  # else NaN in the padding would spoil the gradient
         noisy, clean = noisy.masked_fill(padding, 0), clean.masked_fill(padding, 0)
@@ -241,7 +247,7 @@ def z_loss(router_logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
     ----------
     router_logits : Tensor of shape (..., num_experts)
         The logits :math:`z`.
-    mask : Tensor of shape (...), default=None
+    mask : Tensor of shape (...) or flat, default=None
         False or 0 where a token is padding.
 
     Returns
@@ -260,7 +266,7 @@ def z_loss(router_logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """
     logits = router_logits.reshape(-1, router_logits.shape[-1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    mask = flat_mask("z_loss", mask, logits.shape[0])
+    mask = flat_mask("z_loss", mask, router_logits.shape[:-1])
     if mask is not None:
         logits = logits.masked_fill(~mask.unsqueeze(-1), 0)
     return _mean_over_tokens(logits.logsumexp(dim=-1).square().unsqueeze(-1), mask)[0].squeeze(-1)
@@ -297,7 +303,7 @@ def hf_load_balancing_loss(
     probability = torch.cat([probabilities(layer.reshape(-1, layer.shape[-1])) for layer in layers])  # [L * T, E]
     num_experts = probability.shape[-1]
     chosen = functional.one_hot(probability.topk(top_k, dim=-1).indices, num_experts).sum(dim=1)  # [L * T, E]
-    mask = flat_mask("hf_load_balancing_loss", attention_mask, probability.shape[0] // len(layers))
+    mask = flat_mask("hf_load_balancing_loss", attention_mask, [probability.shape[0] // len(layers)])
     mask = None if mask is None else mask.repeat(len(layers))
     mean_chosen = _mean_over_tokens(chosen.to(probability.dtype), mask)[0]
     return num_experts * (mean_chosen * _mean_over_tokens(probability, mask)[0]).sum()
@@ -342,7 +348,7 @@ class GlobalLoad:
         ----------
         topk_ids : Tensor of shape (..., top_k), any integer dtype
             The experts, as in :func:`load_balancing_loss`.
-        mask : Tensor of shape (...), default=None
+        mask : Tensor of shape (...) or flat, default=None
             False or 0 where a token is padding.
 
         Returns
@@ -354,7 +360,7 @@ class GlobalLoad:
             self.tokens_per_expert = self.tokens_per_expert.to(topk_ids.device)
         if not is_recomputing():
             ids = topk_ids.reshape(-1, topk_ids.shape[-1])
-            counts = count_tokens(ids, self.num_experts, flat_mask("GlobalLoad", mask, ids.shape[0]))
+            counts = count_tokens(ids, self.num_experts, flat_mask("GlobalLoad", mask, topk_ids.shape[:-1]))
             self.tokens_per_expert.add_(sum_over_ranks(counts, self.process_group))
         return self.tokens_per_expert.clone()
 

@@ -51,7 +51,7 @@ def flip_rate(topk_ids: Tensor, other_ids: Tensor, mask: Tensor | None = None) -
             f"flip_rate: other_ids must have the tokens of topk_ids, {list(tokens)}, got shape {list(other_ids.shape)}"
         )
     lost = lost_choices(topk_ids, other_ids)
-    mask = flat_mask("flip_rate", mask, tokens.numel())
+    mask = flat_mask("flip_rate", mask, tokens)
     if mask is None:
         return lost.sum() / lost.numel()
     lost = lost & mask.view(tokens).unsqueeze(-1)
@@ -154,7 +154,7 @@ class RoutingStats(RouterObserver):
             return
         *_, plan = inputs  # or ids, of which nothing was dropped
         of_expert = plan.slot_to_row >= 0 if isinstance(plan, ops.Plan) else (plan >= 0) & (plan < experts.num_experts)
-        mask = flat_mask("RoutingStats", self.mask, of_expert.shape[0])
+        mask = flat_mask("RoutingStats", self.mask, of_expert.shape[:-1])
         kept = of_expert if mask is None else of_expert & mask.unsqueeze(-1)  # [T, K]
         self._layers[layer].take_off_kept(kept)
 

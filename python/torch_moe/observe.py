@@ -154,4 +154,4 @@ class RouterObserver(ABC):
 
 def token_mask(owner: str, observation: Observation, mask: Tensor | None) -> Tensor | None:
     """Return the mask as booleans of shape (num_tokens,), or raise if it does not fit the observation."""
-    return flat_mask(owner, mask, observation.topk_ids.shape[0])
+    return flat_mask(owner, mask, observation.topk_ids.shape[:-1])
