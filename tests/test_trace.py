@@ -101,6 +101,14 @@ def test_leaves_the_layer_alone():
     assert not result.output.requires_grad
 
 
+def test_keeps_what_it_saw():
+    """The bias is moved in place by a balancer, after the trace as before."""
+    layer = MoE(H, I, E, K, expert_bias=True)
+    result = trace(layer, randn(H))
+    layer.router.expert_bias.fill_(1.0)
+    assert not result.expert_bias.any()
+
+
 def test_prints_chosen_experts_first():
     torch.manual_seed(0)
     layer = MoE(H, I, E, K, score_function="sigmoid", expert_bias=True, num_shared_experts=1)

@@ -91,6 +91,8 @@ def test_activation_given_where_unknown():
     with pytest.raises(ValueError, match="upcycle: the activation Swish is not known here: give activation"):
         upcycle(dense, 4, 2)
     check_equal(upcycle(dense, 4, 2, activation="swiglu"), dense, randn(T, H))
+    # The rest of such an activation is given, too.
+    assert upcycle(dense, 4, 2, activation="swiglu", alpha=1.5, limit=3.0).experts.limit == 3.0
 
 
 def test_dtype_device_and_independence():
@@ -163,10 +165,23 @@ def test_refused():
         "granularity must divide top_k = 3, got 2": lambda: upcycle(dense, 4, 3, granularity=2),
         "granularity must divide intermediate size = 24, got 5": lambda: upcycle(dense, 10, 5, granularity=5),
         r"drop_ratio must be in \[0, 1\], got 1.5": lambda: upcycle(dense, 4, 2, drop_ratio=1.5),
+        r"drop_ratio must be in \[0, 1\], got -0.5": lambda: upcycle(dense, 4, 2, drop_ratio=-0.5),
         "router_noise must not be negative, got -1": lambda: upcycle(dense, 4, 2, router_noise=-1),
         "num_shared_experts would change the dense output: leave it, got 1": lambda: upcycle(
             dense, 4, 2, num_shared_experts=1
         ),
+        "shared_intermediate_size would change": lambda: upcycle(dense, 4, 2, shared_intermediate_size=8),
+        "renormalize_p would change": lambda: upcycle(dense, 4, 2, renormalize_p=2.0),
+        "second_expert_policy would change": lambda: upcycle(
+            dense, 4, 2, selection="top2_gshard", second_expert_policy="random"
+        ),
+        "activation would change the dense output: leave it, got geglu": lambda: upcycle(
+            dense, 4, 2, activation="geglu"
+        ),
+        "limit would change": lambda: upcycle(dense, 4, 2, limit=0.1),
+        "bias would change": lambda: upcycle(dense, 4, 2, bias=True),
+        "activation would change .*, got reglu": lambda: upcycle(Gated(nn.SiLU()), 4, 2, activation="reglu"),
+        "alpha would change": lambda: upcycle(Gated(nn.SiLU()), 4, 2, alpha=1.5),
         "weight_position would change": lambda: upcycle(dense, 4, 2, weight_position="input"),
         "num_zero_experts would change": lambda: upcycle(dense, 4, 2, num_zero_experts=2),
         "projection would change": lambda: upcycle(dense, 4, 2, projection="mlp", projection_size=4),
@@ -174,6 +189,13 @@ def test_refused():
         "granularity above 1 needs selection='topk', which keeps copies whole, got .*biased": lambda: upcycle(
             dense, 4, 2, granularity=2, force_biased=1.0
         ),
+        "granularity above 1 needs selection='topk', .*balanced": lambda: upcycle(
+            dense, 4, 2, granularity=2, force_balanced=True
+        ),
+        "granularity above 1 needs noisy=False: noise would part": lambda: upcycle(
+            dense, 4, 2, granularity=2, noisy=True
+        ),
+        "granularity must divide num_experts = 4, got 0": lambda: upcycle(dense, 4, 2, granularity=0),
         "granularity above 1 needs selection='topk'": lambda: upcycle(
             dense, 4, 2, granularity=2, selection="hash", vocab_size=9
         ),
@@ -188,8 +210,13 @@ def test_refused():
             call()
     with pytest.raises(TypeError, match=r"upcycle: dense_ffn must be a DenseFFN, .*, got Linear \(copy its"):
         upcycle(nn.Linear(H, H), 4, 2)
+    narrow = nn.Sequential(nn.Linear(H, I), nn.ReLU(), nn.Linear(I, H - 1))
+    with pytest.raises(ValueError, match=r"upcycle: the projections .* got weights of \[\[24, 12\], \[11, 24\]\]"):
+        upcycle(narrow, 4, 2)
     half_biased = nn.Sequential(nn.Linear(H, I), nn.ReLU(), nn.Linear(I, H, bias=False))
     with pytest.raises(ValueError, match="upcycle: all projections must have a bias, or none"):
         upcycle(half_biased, 4, 2)
     with pytest.raises(ValueError, match="RouterConfig: top_k=1 needs"):
         upcycle(dense, 4, 1)
+    with pytest.raises(ValueError, match="RouterConfig: num_groups must divide"):
+        upcycle(dense, 4, 2, granularity=2, num_groups=0)

@@ -147,11 +147,12 @@ def trace(layer: MoE, x: Tensor, *, token_ids: Tensor | None = None) -> Trace:
         for module, training in mode.items():
             module.training = training
     function, router_logits = layer.router.config.score_function, routed.router_logits[0]
+    bias = layer.router.expert_bias
     return Trace(
         router_logits,
         scores(router_logits, function),
         probabilities(router_logits, function),
-        layer.router.expert_bias,
+        None if bias is None else bias.clone(),  # a balancer moves it in place
         routed.topk_ids[0],
         routed.topk_weights[0],
         contributions,

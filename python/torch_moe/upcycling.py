@@ -54,8 +54,8 @@ def upcycle(
     generator : torch.Generator, default=None
         Of the device of the weights; None is the default one.
     **options
-        Of :class:`torch_moe.MoE`: the router's, ``capacity_factor``, ``weight_layout``, ``recompute``; or
-        ``activation``, where the module does not tell.
+        Of :class:`torch_moe.MoE`: the router's, ``capacity_factor``, ``weight_layout``, ``recompute``; where the module
+        does not tell its activation, that with ``alpha``, ``limit`` and ``up_offset``.
 
     Returns
     -------
@@ -67,7 +67,7 @@ def upcycle(
     TypeError
         If the module is none of the above.
     ValueError
-        If sizes do not divide, or an option would change the output.
+        If sizes do not divide or fit, an activation is not known, or an option would change the output.
 
     References
     ----------
@@ -79,29 +79,15 @@ def upcycle(
         _require(granularity >= 1 and size % granularity == 0, f"granularity must divide {name} = {size}", granularity)
     _require(0 <= drop_ratio <= 1, "drop_ratio must be in [0, 1]", drop_ratio)
     _require(router_noise >= 0, "router_noise must not be negative", router_noise)
-    for name, plain in _PLAIN.items():
-        _require(
-            options.get(name, plain) == plain, f"{name} would change the dense output: leave it", options.get(name)
-        )
-    softmax = options.get("score_function", "softmax") == "softmax"
-    softmax_last = softmax and options.get("score_order") == "topk_then_score"
-    renormalize = options.get("renormalize", True)
-    _require(renormalize or softmax_last, "weights must sum to a constant: renormalize must be True", renormalize)
-    by_score = options.get("selection", "topk") == "topk" and not options.get("force_balanced")
-    by_score = by_score and not options.get("force_biased")
-    _require(
-        granularity == 1 or by_score, "granularity above 1 needs selection='topk', which keeps copies whole", options
-    )
-    num_groups = options.get("num_groups", 1)
-    whole = num_experts // num_groups % granularity == 0
-    _require(whole, f"num_groups must leave the {granularity} experts of a copy in one group", num_groups)
+    _check_output_is_kept(dense.options, options)
+    if granularity > 1:
+        _check_copies_stay_whole(num_experts, granularity, options)
 
     layer = MoE(
         hidden_size,
         intermediate_size // granularity,
         num_experts,
         top_k,
-        bias=dense.up_bias is not None,
         device=dense.up.device,
         dtype=dense.up.dtype,
         **{**dense.options, **options},
@@ -117,11 +103,7 @@ def upcycle(
         own = channels[expert % granularity]
         up, down = dense.up[:, own].clone(), dense.down[:, own].clone()  # [1 or 2, I/G, H], [H, I/G]
         if drop_ratio > 0:
-            drawn = torch.rand(len(own), generator=generator, device=up.device).argsort()
-            drawn = drawn[: round(drop_ratio * len(own))]
-            for matrix in up:
-                matrix[drawn] = _redraw(matrix[drawn], generator)
-            down[:, drawn] = _redraw(down[:, drawn], generator)
+            _redraw_channels(up, down, drop_ratio, generator)
         bias = None if dense.up_bias is None else dense.up_bias[:, own]
         _write(layer, expert, up, down * (granularity / scale), bias)
         if layer.experts.down_proj_bias is not None and dense.down_bias is not None:
@@ -142,8 +124,32 @@ _PLAIN: dict[str, object] = {
 }
 
 
+def _check_output_is_kept(own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that contradict those of the dense network, or make the layer another function."""
+    for name, plain in {**_PLAIN, **own}.items():
+        given = options.get(name, plain)
+        # How gate and up are interleaved in memory is the layer's own choice.
+        _require(given == plain or name == "gate_layout", f"{name} would change the dense output: leave it", given)
+    softmax = options.get("score_function", "softmax") == "softmax"
+    softmax_last = softmax and options.get("score_order") == "topk_then_score"
+    renormalize = options.get("renormalize", True)
+    _require(renormalize or softmax_last, "weights must sum to a constant: renormalize must be True", renormalize)
+
+
+def _check_copies_stay_whole(num_experts: int, granularity: int, options: Mapping[str, Any]) -> None:
+    """Refuse what chooses by more than the logits, of which the experts of a copy have equal ones."""
+    forced = options.get("force_balanced") or options.get("force_biased")
+    by_logits = options.get("selection", "topk") == "topk" and not forced
+    _require(by_logits, "granularity above 1 needs selection='topk', which keeps copies whole", options)
+    noisy = options.get("noisy", False)
+    _require(not noisy, "granularity above 1 needs noisy=False: noise would part the experts of a copy", noisy)
+    num_groups = options.get("num_groups", 1)
+    whole = num_groups < 1 or num_experts // num_groups % granularity == 0  # the layer refuses less than 1
+    _require(whole, f"num_groups must leave the {granularity} experts of a copy in one group", num_groups)
+
+
 class _Dense(NamedTuple):
-    """Weights of a dense network, one matrix per projection, and the options of its activation."""
+    """Weights of a dense network, one matrix per projection, and the options of experts that compute the same."""
 
     up: Tensor  # [2, I, H]: gate and up; [1, I, H] when not gated
     down: Tensor  # [H, I]
@@ -155,7 +161,7 @@ class _Dense(NamedTuple):
 def _read(ffn: nn.Module, options: Mapping[str, Any]) -> _Dense:
     if isinstance(ffn, DenseFFN):
         names = ("activation", "gate_layout", "alpha", "limit", "limit_position", "up_offset")
-        own = {name: getattr(ffn, name) for name in names}
+        own = {name: getattr(ffn, name) for name in names} | {"bias": ffn.down_proj.bias is not None}
         halves = 2 if is_gated(ffn.activation) else 1
         weight, bias = ffn.gate_up_proj.weight, ffn.gate_up_proj.bias
         return _Dense(
@@ -177,19 +183,26 @@ def _read(ffn: nn.Module, options: Mapping[str, Any]) -> _Dense:
             "upcycle: dense_ffn must be a DenseFFN, have linear gate_proj, up_proj and down_proj, or be "
             f"Sequential(Linear, activation, Linear), got {type(ffn).__name__} (copy its weights into a DenseFFN)"
         )
-    activation = options.get("activation") or known.get(kind)
-    if activation is None:
-        raise ValueError(f"upcycle: the activation {kind} is not known here: give activation=...")
-    weights = [linear.weight for linear in projections]
+    own = {"activation": known.get(kind), "alpha": 1.0, "limit": None, "up_offset": 0.0}
+    if kind not in known:
+        if "activation" not in options:
+            raise ValueError(f"upcycle: the activation {kind} is not known here: give activation=...")
+        own = {"activation": options["activation"]}
     biases = [linear.bias for linear in projections if linear.bias is not None]
     if len(biases) not in (0, len(projections)):
         raise ValueError("upcycle: all projections must have a bias, or none (add one of zeros)")
+    *ups, down = projections
+    sizes = [list(linear.weight.shape) for linear in projections]
+    if any(size != sizes[-1][::-1] for size in sizes[:-1]):
+        raise ValueError(
+            f"upcycle: the projections of dense_ffn must go from one width to another and back, got weights of {sizes}"
+        )
     return _Dense(
-        torch.stack(tuple(weights[:-1])),
-        weights[-1],
-        torch.stack(tuple(biases[:-1])) if biases else None,
-        projections[-1].bias,
-        {"activation": activation},
+        torch.stack([linear.weight for linear in ups]),
+        down.weight,
+        torch.stack([linear.bias for linear in ups]) if biases else None,
+        down.bias,
+        {**own, "bias": bool(biases)},
     )
 
 
@@ -224,6 +237,14 @@ def _write(layer: MoE, expert: int, up: Tensor, down: Tensor, bias: Tensor | Non
     experts.down_proj[expert] = down.T if transposed else down
     if experts.gate_up_proj_bias is not None and bias is not None:
         experts.gate_up_proj_bias[expert] = _stacked(bias, experts.gate_layout)
+
+
+def _redraw_channels(up: Tensor, down: Tensor, share: float, generator: torch.Generator | None) -> None:
+    """Draw a random share of the intermediate channels anew, each whole, in place."""
+    channels = torch.rand(up.shape[1], generator=generator, device=up.device).argsort()[: round(share * up.shape[1])]
+    for matrix in up:
+        matrix[channels] = _redraw(matrix[channels], generator)
+    down[:, channels] = _redraw(down[:, channels], generator)
 
 
 def _redraw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
