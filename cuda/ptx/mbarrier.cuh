@@ -21,9 +21,12 @@ MOE_DEVICE void mbar_arrive(uint32_t mbar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(mbar) : "memory");
 }
 
-// The same at the mbarrier of another block of the cluster; the address comes from mapa.
+// The same at the mbarrier of another block of the cluster; the address comes from mapa. The scope is the default, the
+// own block, so the other one learns that the threads have come, and nothing of what they wrote: with the cluster's
+// scope nvcc 13.0 makes each arrival a fence of the whole GPU (MEMBAR.ALL.GPU), which the main loop would pay for every
+// stage.
 MOE_DEVICE void mbar_arrive_cluster(uint32_t mapped) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
 }
 
 // 9.7.13.15.13 mbarrier.arrive.expect_tx: an arrival that first announces `bytes` to come.
@@ -52,19 +55,6 @@ MOE_DEVICE bool mbar_try_wait(uint32_t mbar, uint32_t parity) {
 MOE_DEVICE void mbar_wait(uint32_t mbar, uint32_t parity) {
   while (!mbar_try_wait(mbar, parity)) {
   }
-}
-// The same, ordered after the arrivals of other blocks of the cluster.
-MOE_DEVICE void mbar_wait_cluster(uint32_t mbar, uint32_t parity) {
-  uint32_t ended;
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}\n"
-        : "=r"(ended)
-        : "r"(mbar), "r"(parity)
-        : "memory");
-  } while (!ended);
 }
 
 // 9.7.13.4 fence.mbarrier_init: initialised mbarriers become visible to the cluster, and to the asynchronous proxy.

@@ -124,7 +124,7 @@ __global__ void cluster_kernel(int* out, const __grid_constant__ CUtensorMap map
   sum = __reduce_add_sync(~0u, sum);
   // 32 arrivals from the other block.
   ptx::mbar_arrive_cluster(ptx::mapa(heard, rank ^ 1));
-  ptx::mbar_wait_cluster(heard, 0);
+  ptx::mbar_wait(heard, 0);
   ptx::cluster_arrive();  // nobody leaves while it is written to
   ptx::cluster_wait();
   if (t == 0) {

@@ -160,7 +160,6 @@ inline void mbar_arrive_expect_tx(uint32_t mbar, uint32_t bytes, EMU_WHERE) {
 inline void mbar_expect_tx(uint32_t mbar, uint32_t bytes, EMU_WHERE) { emu::mbar_arrive(mbar, bytes, false, where); }
 inline bool mbar_try_wait(uint32_t mbar, uint32_t parity, EMU_WHERE) { return emu::mbar_try_wait(mbar, parity, where); }
 inline void mbar_wait(uint32_t mbar, uint32_t parity, EMU_WHERE) { emu::mbar_wait(mbar, parity, where); }
-inline void mbar_wait_cluster(uint32_t mbar, uint32_t parity, EMU_WHERE) { emu::mbar_wait(mbar, parity, where); }
 inline void fence_mbar_init() { emu::fence_proxy_async(); }
 inline void fence_proxy_async() { emu::fence_proxy_async(); }
 
