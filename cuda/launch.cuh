@@ -78,10 +78,13 @@ inline ptx::Launch overlapping(dim3 grid, dim3 block, size_t smem, const CudaCon
   return launch;
 }
 
-// What a kernel may use of shared memory without asking, and with asking on every GPU since Ampere.
-constexpr int64_t kPlainSharedBytes = 48 << 10, kMostSharedBytes = 96 << 10;
+// What a kernel may ask for of dynamic shared memory without more ado, and with allow_shared_memory on every GPU since
+// Ampere: 48 and 99 KB, less 1 KB for its arrays (SMEM_ARRAY), which count too. Beside SMEM_DYN they take a multiple of
+// its alignment.
+constexpr int64_t kPlainSharedBytes = 47 << 10, kMostSharedBytes = 96 << 10;
 
-// Lets `kernel` be launched with that much dynamic shared memory.
+// Lets `kernel` be launched with that much dynamic shared memory. The number must be the same in all calls for a
+// kernel: another thread may set it between this and the launch.
 template <typename Kernel>
 Status allow_shared_memory(Kernel* kernel, int64_t bytes, const char* name, const CudaContext& cuda) {
   if (bytes <= kPlainSharedBytes) return Status::kOk;

@@ -195,7 +195,9 @@ Status plan_rows(const PlanArgs& args, int64_t num_rows, const CudaContext& cuda
     status = launched("plan_count", cuda);
   }
   const int64_t shared_bytes = in_shared ? (warps + 2) * expert_bytes : 0;
-  if (status == Status::kOk) status = allow_shared_memory(plan_place_kernel, shared_bytes, "plan_place", cuda);
+  if (status == Status::kOk && shared_bytes > kPlainSharedBytes) {
+    status = allow_shared_memory(plan_place_kernel, kMostSharedBytes, "plan_place", cuda);
+  }
   if (status != Status::kOk) return status;
   LAUNCH(plan_place_kernel, grid, block, shared_bytes, stream(cuda), task);
   return launched("plan_place", cuda);

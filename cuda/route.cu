@@ -197,7 +197,7 @@ template <typename T>
 Status launch_blocks(RouteTask<T> task, const CudaContext& cuda) {
   const int64_t count = int64_t{task.num_experts} + task.rule.num_groups;
   const int64_t bytes = count * static_cast<int64_t>(sizeof(Key<Wide<T>>));
-  const bool in_shared = bytes <= kMostSharedBytes / 2;  // so that two blocks fit
+  const bool in_shared = bytes <= kPlainSharedBytes;  // of which two blocks fit
   const int64_t blocks = at_most(task.num_tokens, in_shared ? 1 << 16 : 1 << 10);
   if (!in_shared) {
     task.scratch = allocate<Key<Wide<T>>>(blocks * count, cuda);

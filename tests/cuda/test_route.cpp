@@ -49,6 +49,7 @@ TEST(route_of_every_size) {
                              {512, 10},
                              {513, 4},
                              {4096, 32},
+                             {12250, 3},
                              {14000, 3}}) {
     const Context c("E " + std::to_string(e) + " K " + std::to_string(k));
     check_route(random_case<float>(2, e, k, kDefault, false));

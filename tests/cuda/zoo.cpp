@@ -24,6 +24,10 @@ __global__ void vector_load_misaligned(float* g) {
   const float4 v = *reinterpret_cast<const float4*>(s + 1);
   g[thread()] = v.x + v.y * v.z + v.w;
 }
+__global__ void shared_beside_arrays(float* g) {
+  SMEM_ARRAY(float, one, 1);
+  one[0] = g[0];
+}
 __global__ void global_past_the_end(float* g) { g[kFloats + thread()] = 1; }
 __global__ void local_past_the_end(float* g) {
   int big[9];
@@ -337,6 +341,8 @@ TEST(wrong_blocks) {
   expect("cluster neighbour not ready", cluster_neighbour_not_ready, always("is not initialised"),
          {.blocks = 2, .cluster = 2});
   expect("too much shared memory", shared_uninitialised, always("without cudaFuncSetAttribute"), {.smem = 49 * 1024});
+  expect("too much beside arrays", shared_beside_arrays, always("static and dynamic shared memory exceed 48 KB"),
+         {.smem = 47 * 1024 + 4});
 }
 
 TEST(wrong_starts) {

@@ -53,7 +53,10 @@ char* static_smem(const void* tag, size_t bytes, size_t align, const Where& wher
   if (it == b->statics.end()) {
     b->static_begin = (b->static_begin - bytes) & ~(std::max<size_t>(align, 16) - 1);
     if (b->static_begin < b->dynamic_size + RED_ZONE) fail(where, "static and dynamic shared memory exceed 227 KB");
-    if (kSmemSize - b->static_begin > 48 * 1024 + 1024) fail(where, "static shared memory exceeds 48 KB");
+    b->static_bytes += (bytes + align - 1) / align * align;
+    // As nvcc lays them out: first the arrays, then the dynamic part, at a multiple of its alignment.
+    if ((b->static_bytes + 1023) / 1024 * 1024 + b->dynamic_size > smem_limit)
+      fail(where, "static and dynamic shared memory exceed %zu KB", smem_limit / 1024);
     it = b->statics.emplace(tag, static_cast<uint32_t>(b->static_begin)).first;
     open_shared(*b, b->static_begin, bytes);
     b->static_begin -= RED_ZONE;

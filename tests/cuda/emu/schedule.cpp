@@ -13,6 +13,7 @@ const char* kernel_name = "";
 bool launch_failed = false;
 cudaError_t last_error = cudaSuccess;
 std::unordered_map<const void*, size_t> smem_limits;  // cudaFuncSetAttribute
+size_t smem_limit = 0;
 
 namespace {
 
@@ -154,7 +155,9 @@ bool valid(const void* kernel, const char* name, const Launch& l) {
       l.grid.x > 0x7fffffff || l.smem > kSmemSize || l.cluster == 0 || l.cluster > 8 || l.grid.x % l.cluster)
     return false;
   last_error = cudaErrorInvalidValue;
-  if (l.smem > 48 * 1024 && smem_limits[kernel] < l.smem) {
+  constexpr size_t kPlain = 48 * 1024;
+  smem_limit = smem_limits[kernel] > kPlain ? kSmemSize : kPlain;
+  if (l.smem > std::max(kPlain, smem_limits[kernel])) {
     fprintf(stderr, "EMU ERROR launch of %s: %zu bytes of dynamic shared memory without cudaFuncSetAttribute\n", name,
             l.smem);
     return false;

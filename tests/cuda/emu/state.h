@@ -112,7 +112,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   char* arena = nullptr;
-  size_t dynamic_size = 0, static_begin = 0;
+  size_t dynamic_size = 0, static_begin = 0, static_bytes = 0;
   std::unordered_map<const void*, uint32_t> statics;
   std::unordered_map<uint32_t, Mbarrier> mbarriers;
   NamedBarrier barriers[16];
@@ -147,6 +147,7 @@ void barriers_after_exit(Fiber* f);   // barrier.cpp
 void wgmma_exit(const Where& where);  // wgmma.cpp
 
 // ---- schedule.cpp
+extern size_t smem_limit;  // of a block of this launch, arrays and dynamic part together
 struct Settings {
   uint32_t policy, yield_in, async_in, resident;
   bool convergent;  // a warp goes on with its other lanes when one blocks
