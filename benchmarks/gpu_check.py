@@ -12,6 +12,7 @@ benchmarks/results/gpu-<name>-<date>.jsonl, and a summary beside it.
 import argparse
 import datetime
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -111,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds in all (default: {BUDGET:.0f})")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="folder of the results")
     options = parser.parse_args(arguments)
+    os.environ["PATH"] = gpu_parts.with_tools(os.environ.get("PATH", os.defpath))
     gpu = ask_driver("name")
     print(f"GPU: {gpu or 'none: what needs one is skipped'}; Python {sys.version.split()[0]} at {sys.executable}")
     outcomes = check(options.only, quick=options.quick, budget=options.budget, gpu=gpu)

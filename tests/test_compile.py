@@ -107,6 +107,7 @@ def test_stages(device):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by inductor about torch.jit
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 def test_inductor(device):
     """The default backend, once: it also checks the strides that the fakes promise.
 

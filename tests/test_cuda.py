@@ -126,6 +126,7 @@ def step(layer, x):
     return [parameter.grad for parameter in layer.parameters()]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_nothing_waits_for_the_device(gpu):
     layer, x = layer_and_tokens(gpu)
     step(layer, x)

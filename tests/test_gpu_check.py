@@ -69,6 +69,37 @@ def test_what_a_machine_lacks_is_named(monkeypatch):
     assert gpu_parts.missing_tools() == []
 
 
+def test_the_programs_of_this_python_and_of_cuda_are_found(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    folders = gpu_parts.with_tools("/first:/second").split(":")
+    assert folders[:2] == ["/first", "/second"]  # what the caller put there wins
+    assert {str(gpu_parts.Path(sys.executable).parent), str(tmp_path / "bin")} <= set(folders)
+    assert gpu_parts.with_tools(":".join(folders)).split(":") == folders
+
+
+@pytest.mark.parametrize("there", [set(), {"xdist", "pytest_timeout"}])
+def test_other_plugins_and_warnings_do_not_end_the_python_tests(there, monkeypatch):
+    ran = {}
+
+    def run(command, limit, env):
+        ran.update(command=[str(part) for part in command], env=env)
+        return 0, "3 passed, 1 skipped in 2 s"
+
+    monkeypatch.setattr(gpu_parts, "run", run)
+    find = gpu_parts.importlib.util.find_spec
+    optional = {"xdist", "pytest_timeout"}
+    monkeypatch.setattr(
+        gpu_parts.importlib.util, "find_spec", lambda name: (name in there or None) if name in optional else find(name)
+    )
+    told = gpu_parts.Check(quick=False, limit=lambda part: 9.0, gpu="a GPU", cores=4)
+    assert gpu_parts.tests(told).records == [{"passed": 3, "skipped": 1}]
+    command = " ".join(ran["command"])
+    assert ran["env"]["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] == "1"
+    assert "-W default --continue-on-collection-errors" in command
+    assert ("-p xdist -n 4" in command, "-p timeout --timeout 60" in command) == (bool(there), bool(there))
+
+
 def test_a_command_is_stopped_at_its_limit_with_its_children():
     start = time.monotonic()
     code = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '60'])"
@@ -164,6 +195,19 @@ def test_an_operator_that_refuses_is_a_record_and_the_rest_goes_on(tmp_path, mon
     assert code == 1
     assert any(line["status"] == "failed" and line["reason"] == "plan: no kernel" for line in lines)
     assert any(line["case"] == "grouped_gemm wgrad" and line["status"] == "ok" for line in lines)
+
+
+def test_a_guest_that_fails_is_skipped_and_we_are_measured(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("grouped_mm: not here")
+
+    monkeypatch.setattr("gpu_cases.functional.grouped_mm", refuse)
+    code, lines = bench(tmp_path / "lines.jsonl", "--quick")
+    assert code == 0
+    guests = [line for line in lines if line["candidate"] == "grouped_mm"]
+    assert {line["status"] for line in guests} == {"skipped"}
+    assert {line["reason"] for line in guests} == {"NotImplementedError: grouped_mm: not here"}
+    assert any(line["case"] == "grouped_gemm wgrad" and line["candidate"] == "torch_moe" for line in lines)
 
 
 def test_small_shapes_run_on_the_cpu(capsys, monkeypatch):
