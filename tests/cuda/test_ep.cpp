@@ -1,6 +1,7 @@
 // ep_plan, ep_pack, ep_index and ep_reduce: every byte as the CPU core has it, whose own tests hold it against the
 // reference.
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "moe/ep_index.h"

@@ -122,8 +122,10 @@ TEST(other_slots_have_the_bits_of_a_plan) {
   same(small, {.row_invariant = true}, kHalf);
   same({"odd sizes", 5, 4, 2, 37, 24, some_ids(10, 4)}, {}, kHalf);
   same({"no tokens", 0, 4, 2, 40, 24, {}}, {}, kHalf);
+#ifdef CUDA_ON_CPU  // a GPU that is an sm_90 has other kernels for these
   const Architecture a(80);
   same(small, {}, kHalf);
+#endif
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Tensors to EpPlanArgs.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
