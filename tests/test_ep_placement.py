@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import needs_distributed, run_ranks
 
-from torch_moe import ops
+from torch_moe import _C, ops
 from torch_moe.distributed import count_moves, placement_of, rank_loads, solve_placement
 
 
@@ -118,6 +118,14 @@ def test_a_placement_is_data_for_the_plan():
         ({"loads": torch.ones(1, 1, 2)}, r"loads must have 1 or 2 dimensions, got shape \[1, 1, 2\]"),
         ({"ep_size": 0}, "ep_size must be at least 1, got 0"),
         ({"num_redundant": 3}, r"num_redundant must be in \[0, 2\], got 3"),
+        ({"num_redundant": -1}, r"num_redundant must be in \[0, 2\], got -1"),
+        (
+            {"nodes": 2, "num_groups": 2, "num_redundant": 1},
+            r"num_redundant must be in \[0, 0\], got 1 .*each of 1 ranks",
+        ),
+        ({"nodes": 0}, "nodes must divide ep_size = 2, got 0"),
+        ({"num_groups": 0}, "num_groups must divide the number of experts, 2, got 0"),
+        ({"slack": float("inf")}, "slack must be finite and not negative, got inf"),
         ({"nodes": 3}, "nodes must divide ep_size = 2, got 3"),
         ({"num_groups": 4}, "num_groups must divide the number of experts, 2, got 4"),
         ({"current": torch.zeros(2, 2)}, r"current must have shape \[2, 1\], got \[2, 2\]"),
@@ -130,6 +138,16 @@ def test_impossible_arguments_are_named(change, message):
     arguments = {"loads": torch.ones(2), "ep_size": 2, **change}
     with pytest.raises(ValueError, match=message):
         solve_placement(**arguments)
+
+
+@pytest.mark.parametrize("change", [{"num_physical": 5}, {"ep_size": -1}, {"nodes": 0}, {"slack": float("nan")}])
+def test_the_solver_itself_refuses_what_is_impossible(change):
+    """It would write out of bounds, or divide by zero, for whoever calls it without these checks."""
+    sizes = {"num_layers": 1, "num_experts": 2, "ep_size": 2, "places_per_rank": 1, "num_physical": 2}
+    options = {"nodes": 1, "num_groups": 1, "slack": 0.02, "max_moves": -1}
+    assert sorted(_C.solve_placement([1.0, 1.0], [], **sizes, **options)) == [0, 1]
+    with pytest.raises(ValueError, match="solve_placement: "):
+        _C.solve_placement([1.0, 1.0], [], **{**sizes, **options, **change})
 
 
 @needs_distributed

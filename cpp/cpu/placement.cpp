@@ -1,6 +1,7 @@
 #include "moe/placement.h"
 
 #include <atomic>
+#include <cmath>
 #include <new>
 
 #include "parallel.h"
@@ -19,6 +20,21 @@ struct Layer {
   int64_t per_group() const { return args.num_experts / args.num_groups; }
   int64_t ranks_per_node() const { return args.ep_size / args.nodes; }
 };
+
+// Else nodes play no part.
+bool has_groups_on_nodes(const PlacementArgs& args) { return args.nodes > 1 && args.num_groups % args.nodes == 0; }
+
+// What the solver relies on: it divides by the sizes, and looks for a rank that lacks an expert until it finds one.
+bool is_possible(const PlacementArgs& args) {
+  if (args.num_layers < 0 || args.num_experts < 1 || args.nodes < 1 || args.num_groups < 1) return false;
+  if (args.ep_size % args.nodes != 0 || args.num_experts % args.num_groups != 0) return false;
+  const int64_t ranks = has_groups_on_nodes(args) ? args.ep_size / args.nodes : args.ep_size;
+  if (args.num_physical < args.num_experts || args.num_physical > args.num_experts * ranks) return false;
+  if (args.num_physical > args.ep_size * args.places_per_rank) return false;  // which also refuses none of either
+  if (!std::isfinite(args.slack) || args.slack < 0 || args.max_moves < -1) return false;
+  const double* end = args.loads + args.num_layers * args.num_experts;
+  return std::all_of(args.loads, end, [](double load) { return std::isfinite(load) && load >= 0; });
+}
 
 using Nodes = std::vector<std::vector<int32_t>>;  // by node: its groups, in order
 
@@ -126,7 +142,7 @@ void solve_node(const Layer& layer, int64_t node, const std::vector<int32_t>& gr
 
 void solve_layer(const Layer& layer) {
   const PlacementArgs& args = layer.args;
-  if (args.nodes == 1 || args.num_groups % args.nodes != 0) {
+  if (!has_groups_on_nodes(args)) {
     // Nodes do not matter: one node of all ranks, one group of all experts.
     PlacementArgs flat = args;
     flat.nodes = flat.num_groups = 1;
@@ -143,6 +159,7 @@ void solve_layer(const Layer& layer) {
 }  // namespace
 
 Status placement_cpu(const PlacementArgs& args, const ThreadPool& pool) {
+  if (!is_possible(args)) return Status::kImpossible;
   std::atomic<bool> out_of_memory = false;
   parallel_for(pool, args.num_layers, 1, [&](int64_t begin, int64_t end) {
     try {

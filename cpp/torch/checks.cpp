@@ -99,6 +99,8 @@ void check_status(std::string_view op, Status status, const std::string& failure
     case Status::kOutOfMemory:
       throw std::runtime_error(std::string(op) + ": not enough memory for scratch space" +
                                (failure.empty() ? "" : ": " + failure));
+    case Status::kImpossible:
+      throw std::runtime_error(std::string(op) + ": sizes or values that contradict each other");
     case Status::kCudaError:
       throw std::runtime_error(std::string(op) + ": " + failure);
   }

@@ -62,6 +62,9 @@ std::vector<int32_t> solve_placement(const std::vector<double>& loads, const std
                                      int64_t num_layers, int64_t num_experts, int64_t ep_size, int64_t places_per_rank,
                                      int64_t num_physical, int64_t nodes, int64_t num_groups, double slack,
                                      int64_t max_moves) {
+  if (num_layers < 0 || ep_size < 0 || places_per_rank < 0) {
+    throw py::value_error("solve_placement: sizes must not be negative");
+  }
   std::vector<int32_t> placed(num_layers * ep_size * places_per_rank);
   if (static_cast<int64_t>(loads.size()) != num_layers * num_experts ||
       (!current.empty() && current.size() != placed.size())) {
@@ -80,6 +83,9 @@ std::vector<int32_t> solve_placement(const std::vector<double>& loads, const std
                                                  .slack = slack,
                                                  .max_moves = max_moves},
                                                 moe::kTorchPool);
+  if (status == moe::Status::kImpossible) {
+    throw py::value_error("solve_placement: sizes, loads or slack are impossible: see moe/placement.h");
+  }
   if (status != moe::Status::kOk) throw std::bad_alloc();
   return placed;
 }

@@ -1,5 +1,7 @@
 #include "moe/placement.h"
 
+#include <algorithm>
+#include <limits>
 #include <set>
 
 #include "support.h"
@@ -84,6 +86,44 @@ TEST(placement_holds_every_expert_and_no_replica_twice_on_a_rank) {
       for (int32_t& expert : garbage) expert = static_cast<int32_t>(engine() % (c.experts + 3)) - 1;
       check_valid(c, solve(c, loads_of(c, seed), &garbage));
     }
+  }
+}
+
+// One wrong argument at a time: nothing is written, and nothing is divided by zero or looked for in vain.
+TEST(placement_refuses_what_is_impossible) {
+  const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
+  const auto status = [](auto change) {
+    std::vector<double> loads(8, 1.0);
+    std::vector<int32_t> placed(8 * 4, -7);
+    PlacementArgs args{placed.data(), loads.data(), nullptr, 1, 8, 4, 3, 12, 2, 4, 0.02, -1};
+    change(args, loads);
+    const Status result = placement_cpu(args, kPool<1>);
+    CHECK(result == Status::kOk || std::all_of(placed.begin(), placed.end(), [](int32_t e) { return e == -7; }));
+    return result;
+  };
+  using Args = PlacementArgs;
+  using Loads = std::vector<double>;
+  CHECK(status([](Args&, Loads&) {}) == Status::kOk);
+  CHECK(status([](Args& a, Loads&) { a.num_layers = 0; }) == Status::kOk);
+  CHECK(status([](Args& a, Loads&) { a.num_layers = -1; }) == Status::kImpossible);
+  CHECK(status([](Args& a, Loads&) { a.num_experts = a.num_physical = 0; }) == Status::kImpossible);
+  CHECK(status([](Args& a, Loads&) { a.ep_size = 0; }) == Status::kImpossible);
+  CHECK(status([](Args& a, Loads&) { a.nodes = 0; }) == Status::kImpossible);
+  CHECK(status([](Args& a, Loads&) { a.nodes = 3; }) == Status::kImpossible);
+  CHECK(status([](Args& a, Loads&) { a.num_groups = 0; }) == Status::kImpossible);
+  CHECK(status([](Args& a, Loads&) { a.num_groups = 3; }) == Status::kImpossible);
+  CHECK(status([](Args& a, Loads&) { a.num_physical = 7; }) == Status::kImpossible);
+  CHECK(status([](Args& a, Loads&) { a.num_physical = 13; }) == Status::kImpossible);  // 12 places
+  // A rank holds an expert once; with groups on nodes, that is so often per node.
+  CHECK(status([](Args& a, Loads&) { a.num_physical = 17, a.places_per_rank = 5; }) == Status::kImpossible);
+  CHECK(status([](Args& a, Loads&) { a.num_physical = 33, a.places_per_rank = 9, a.nodes = 1; }) ==
+        Status::kImpossible);
+  CHECK(status([](Args& a, Loads&) { a.num_physical = 32, a.places_per_rank = 8, a.nodes = 1; }) == Status::kOk);
+  CHECK(status([](Args& a, Loads&) { a.places_per_rank = 0; }) == Status::kImpossible);
+  CHECK(status([](Args& a, Loads&) { a.max_moves = -2; }) == Status::kImpossible);
+  for (const double wrong : {nan, infinity, -1.0}) {
+    CHECK(status([&](Args& a, Loads&) { a.slack = wrong; }) == Status::kImpossible);
+    CHECK(status([&](Args&, Loads& loads) { loads[7] = wrong; }) == Status::kImpossible);
   }
 }
 

@@ -26,12 +26,13 @@ struct PlacementArgs {
   const int32_t* current;        // [L, ep_size, S], anything outside [0, E) is an empty place; or null
   int64_t num_layers, num_experts;
   int64_t ep_size, places_per_rank;  // S; ep_size * S >= num_physical
-  int64_t num_physical;              // replicas of all experts, E <= num_physical <= E * ep_size
+  int64_t num_physical;              // replicas of all experts, E <= num_physical <= E * (ranks that may hold one)
   int64_t nodes, num_groups;         // nodes divides ep_size, num_groups divides E
   double slack;
   int64_t max_moves;  // experts per layer that may come to a rank anew, only with `current`; -1: no limit
 };
 
+// kImpossible where an argument is not as above.
 Status placement_cpu(const PlacementArgs& args, const ThreadPool& pool);
 
 }  // namespace moe

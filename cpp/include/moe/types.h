@@ -20,6 +20,7 @@ enum class Status : int8_t {
   kOk,
   kNonFiniteLogits,  // route with check_finite: a logit is NaN or infinite
   kOutOfMemory,      // scratch memory could not be allocated
+  kImpossible,       // placement: sizes or loads that its contract rules out
   kCudaError,        // no kernel for this device or dtype, or a launch failed: CudaContext::report was told
 };
 
