@@ -113,7 +113,7 @@ def test_repr_names_every_option_that_is_set():
         ({"activation": "tanh"}, "activation must be in .*'swiglu'.*, got 'tanh'"),
         ({"gate_layout": "mixed"}, "gate_layout must be in .*, got 'mixed'"),
         ({"weight_layout": "nk"}, "weight_layout must be in .*, got 'nk'"),
-        ({"limit": 0.0}, "limit must be positive or None, got 0.0"),
+        ({"limit": 0.0}, "limit must be positive and finite, or None, got 0.0"),
         ({"activation": "geglu", "alpha": 1.702}, "alpha, limit and up_offset shape swiglu, not geglu"),
     ],
 )

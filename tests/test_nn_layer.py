@@ -170,8 +170,11 @@ def test_parameters_of_gpt_oss_reach_all_experts(device):
         ({"num_shared_experts": -1}, "MoE: num_shared_experts must not be negative, got -1"),
         ({"num_shared_experts": 1, "shared_intermediate_size": 8}, "MoE: give either .*, got 1 and 8"),
         ({"shared_intermediate_size": 0}, "MoE: give either .*, got 0 and 0"),
-        ({"capacity_factor": 0.0}, "RouterConfig: capacity_factor must be positive, or None for no limit, got 0.0"),
-        ({"capacity_factor": math.inf}, "RouterConfig: capacity_factor must be positive, .* got inf"),
+        (
+            {"capacity_factor": 0.0},
+            "RouterConfig: capacity_factor must be positive and finite, or None for no limit, got 0.0",
+        ),
+        ({"capacity_factor": math.inf}, "RouterConfig: capacity_factor must be positive and finite, .* got inf"),
         ({"top_k": 6}, "RouterConfig: top_k must be in"),
         ({"activation": "tanh"}, "ExpertsConfig: activation must be in"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,7 +83,10 @@ class ExpertsConfig(Checked):
         self._require_at_least_1("hidden_size", "intermediate_size", "num_experts")
         names = GATED_ACTIVATIONS + UNGATED_ACTIVATIONS
         self._require(self.activation in names, f"activation must be in {names}, got {self.activation!r}")
-        self._require(self.limit is None or self.limit > 0, f"limit must be positive or None, got {self.limit}")
+        limited = self.limit is None or 0 < self.limit < math.inf
+        self._require(limited, f"limit must be positive and finite, or None, got {self.limit}")
+        for name in ("alpha", "up_offset"):
+            self._require(math.isfinite(getattr(self, name)), f"{name} must be finite, got {getattr(self, name)}")
         plain = (self.alpha, self.limit, self.up_offset) == (1.0, None, 0.0)
         self._require(
             plain or self.activation == "swiglu", f"alpha, limit and up_offset shape swiglu, not {self.activation}"

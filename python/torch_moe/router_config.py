@@ -168,7 +168,8 @@ class RouterConfig(Checked):
         self._check_projection()
         jitter, softcap = self.input_jitter, self.logit_softcap
         self._require(0 <= jitter < 1, f"input_jitter must be in [0, 1), got {jitter}")
-        self._require(softcap is None or softcap > 0, f"logit_softcap must be positive or None, got {softcap}")
+        softcapped = softcap is None or 0 < softcap < math.inf
+        self._require(softcapped, f"logit_softcap must be positive and finite, or None, got {softcap}")
         self._check_groups()
         self._check_selection()
         self._check_weights()
@@ -249,14 +250,15 @@ class RouterConfig(Checked):
         )
         options = ("renormalize_p", "renormalize_eps", "renormalize_eps_mode")
         self._require_default_unless(self.renormalize, "renormalize", *options)
-        self._require(self.renormalize_p >= 1, f"renormalize_p must be at least 1, got {self.renormalize_p}")
-        self._require(self.renormalize_eps >= 0, f"renormalize_eps must not be negative, got {self.renormalize_eps}")
+        p, eps = self.renormalize_p, self.renormalize_eps
+        self._require(1 <= p < math.inf, f"renormalize_p must be at least 1 and finite, got {p}")
+        self._require(0 <= eps < math.inf, f"renormalize_eps must be finite and not negative, got {eps}")
         zipf = self.force_biased
-        self._require(0 <= zipf < math.inf, f"force_biased must not be negative, got {zipf}")
+        self._require(0 <= zipf < math.inf, f"force_biased must be finite and not negative, got {zipf}")
         self._require(not (zipf and self.force_balanced), f"give force_balanced=True or force_biased={zipf}, not both")
         self._check_sinks()
         scale = self.routed_scaling_factor
-        self._require(0 < scale < math.inf, f"routed_scaling_factor must be positive, got {scale}")
+        self._require(0 < scale < math.inf, f"routed_scaling_factor must be positive and finite, got {scale}")
 
     def _check_sinks(self) -> None:
         number = self.num_shared_sinks
@@ -280,7 +282,7 @@ class RouterConfig(Checked):
         for name in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(self, name)
             positive = factor is None or 0 < factor < math.inf
-            self._require(positive, f"{name} must be positive, or None for no limit, got {factor}")
+            self._require(positive, f"{name} must be positive and finite, or None for no limit, got {factor}")
         self._require(self.capacity is None or self.capacity >= 1, f"capacity must be at least 1, got {self.capacity}")
         both = self.capacity is not None and self.capacity_factor is not None
         self._require(not both, f"give capacity={self.capacity} or capacity_factor={self.capacity_factor}, not both")
@@ -299,7 +301,7 @@ class RouterConfig(Checked):
                 f"renormalize_before_drop=False would divide by {name}, too: leave one of the two",
             )
         if self.selection == "expert_choice":
-            for name in ("capacity", "capacity_scope", "drop_policy", "renormalize_before_drop"):
+            for name in ("capacity", "capacity_scope", "drop_policy"):
                 self._require(
                     self.is_default(name),
                     f'{name}={getattr(self, name)!r} contradicts selection="expert_choice", where every expert takes '

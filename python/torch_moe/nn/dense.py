@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from torch_moe.config import SharedExpertsConfig
+from torch_moe.config import ExpertsConfig, SharedExpertsConfig
 from torch_moe.nn._common import activate
-from torch_moe.ops.activation import is_gated
 
 
 class DenseFFN(nn.Module):
@@ -25,6 +24,11 @@ class DenseFFN(nn.Module):
         Add biases to both projections.
     device, dtype
         Of the parameters, which are initialised by ``torch.nn.Linear``.
+
+    Raises
+    ------
+    ValueError
+        If a size or option is impossible: see :class:`torch_moe.ExpertsConfig`.
     """
 
     def __init__(
@@ -43,14 +47,24 @@ class DenseFFN(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        config = ExpertsConfig(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=1,
+            activation=activation,
+            gate_layout=gate_layout,  # type: ignore[arg-type]  # the config checks the words
+            alpha=alpha,
+            limit=limit,
+            limit_position=limit_position,  # type: ignore[arg-type]
+            up_offset=up_offset,
+        )
         self.activation = activation
         self.gate_layout = gate_layout
         self.alpha = alpha
         self.limit = limit
         self.limit_position = limit_position
         self.up_offset = up_offset
-        pre_activation_size = intermediate_size * (2 if is_gated(activation) else 1)
-        self.gate_up_proj = nn.Linear(hidden_size, pre_activation_size, bias=bias, device=device, dtype=dtype)
+        self.gate_up_proj = nn.Linear(hidden_size, config.pre_activation_size, bias=bias, device=device, dtype=dtype)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
