@@ -15,9 +15,11 @@ namespace moe::cuda {
 
 inline cudaStream_t stream(const CudaContext& cuda) { return static_cast<cudaStream_t>(cuda.stream); }
 
-// kOk, or kCudaError after the caller was told what `kernel` suffered.
+// kOk, or kCudaError after the caller was told what `kernel` suffered. The runtime also keeps the error of a call for
+// cudaGetLastError(), where the next launch would find it.
 inline Status check(cudaError_t error, const char* kernel, const CudaContext& cuda) {
   if (error == cudaSuccess) return Status::kOk;
+  (void)cudaGetLastError();
   cuda.report(kernel, cudaGetErrorString(error), cuda.context);
   return Status::kCudaError;
 }

@@ -100,6 +100,7 @@ class Cuda {
     cudaError_t error = cudaMemcpyAsync(&found, args.non_finite, sizeof(found), cudaMemcpyDeviceToHost, stream);
     if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
     if (error != cudaSuccess) {
+      (void)cudaGetLastError();  // or the next call would find it
       report("route", cudaGetErrorString(error));
       return Status::kCudaError;
     }
@@ -130,6 +131,7 @@ class Cuda {
   }
 
   bool refuse_driver(cudaError_t error) {
+    (void)cudaGetLastError();
     failure_ = std::string("the CUDA runtime does not start: ") + cudaGetErrorString(error);
     int driver = 0;
     if (error == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess) {

@@ -4,7 +4,7 @@
 
 #include "device.h"
 #include "instructions.h"
-#include "ptx/ptx.cuh"
+#include "launch.cuh"
 
 namespace moe::cuda {
 namespace {
@@ -243,6 +243,16 @@ TEST(registers_move) {
   finish();
   const auto got = out.host();
   for (int t = 0; t < 128; ++t) CHECK(got[static_cast<size_t>(t)] == 3 * t + 2);
+}
+
+// What a call returned is not found again after the next launch.
+TEST(an_error_is_told_once) {
+  test::DeviceContext context;
+  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(tf32_kernel),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, 1 << 24);
+  CHECK(check(error, "a call", context.get()) == Status::kCudaError);
+  CHECK(!context.reported().empty());
+  CHECK(cudaGetLastError() == cudaSuccess);
 }
 
 // Half a unit goes away from zero; the 13 low bits are ignored by mma.

@@ -42,7 +42,7 @@ const char* cudaGetErrorString(cudaError_t e) {
 }
 cudaError_t cudaFuncSetAttribute(const void* kernel, enum cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value > static_cast<int>(emu::kSmemSize)) return cudaErrorInvalidValue;
+  if (value > static_cast<int>(emu::kSmemSize)) return emu::last_error = cudaErrorInvalidValue;
   emu::smem_limits[kernel] = static_cast<size_t>(value);
   return cudaSuccess;
 }
