@@ -156,8 +156,9 @@ def kernels(check: Check) -> Outcome:
     if missing:
         return Outcome("skipped", f"to build, it needs {', '.join(missing)}")
     end = time.monotonic() + check.limit("kernels")
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []  # CMake's own choice is make, there or not
     for command in (
-        ["cmake", "-S", ROOT, "-B", NATIVE, "-DMOE_GPU_TESTS=ON", *options(check)],
+        ["cmake", "-S", ROOT, "-B", NATIVE, *generator, "-DMOE_GPU_TESTS=ON", *options(check)],
         ["cmake", "--build", NATIVE, "--parallel", str(check.cores), "--target", "moe_cuda_native"],
         # Several at a time: one that hangs until ctest stops it does not hold up the others.
         ["ctest", "--test-dir", NATIVE, "--output-on-failure", "--label-regex", "native", "--parallel", "4"],
