@@ -81,6 +81,12 @@ def test_without_ranks_it_says_how(capsys, monkeypatch):
     assert "torchrun --nproc-per-node 4 -m torch_moe bench --ep" in capsys.readouterr().err
 
 
+def test_the_output_may_be_in_a_new_folder(capsys, tmp_path):
+    output = tmp_path / "new" / "ep.jsonl"
+    record = count(capsys, "--tokens", "8", "--ranks", "2", "--output", str(output))
+    assert json.loads(output.read_text()) == record
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

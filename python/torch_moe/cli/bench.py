@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 from dataclasses import replace
 from typing import Any
@@ -62,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
         for dtype in options.dtype:
             hosts.append(host.measure(display, options, shape, dtype, quiet))
             host.show(display, hosts[-1])
-        return _write(display, options, host.records(hosts, environment))
+        report.write(display, options, host.records(hosts, environment))
+        return 0
     results: list[LayerResult] = []
     for dtype in options.dtype:
         results.append(measure_layer(display, options, shape, dtype, quiet))
@@ -77,16 +77,7 @@ def run(options: argparse.Namespace) -> int:
         if reason is None:
             plot.draw(options.plot, results, scaling)
         display.note(reason or f"drew {options.plot}")
-    return _write(display, options, records(results + scaling, environment))
-
-
-def _write(display: Display, options: argparse.Namespace, lines: list[dict[str, Any]]) -> int:
-    """Write the records where the options want them."""
-    if options.output is not None:
-        report.append_jsonl(options.output, lines)
-        display.note(f"appended {len(lines)} lines to {options.output}")
-    if options.json:
-        print(json.dumps(lines, indent=1))
+    report.write(display, options, records(results + scaling, environment))
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import os
 import statistics
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from torch_moe import MoE, ops
+from torch_moe.cli import report
 from torch_moe.cli.display import Display
 from torch_moe.cli.errors import UsageError
 from torch_moe.cli.problem import DTYPES, draw_input
@@ -40,7 +40,6 @@ def run(options: argparse.Namespace, shape: LayerShape) -> int:
     UsageError
         If there is neither torchrun's environment nor --ranks, or options do not fit.
     """
-    quiet = int(os.environ.get("RANK", "0")) != 0
     if len(options.dtype) > 1:
         raise UsageError(f"--ep takes one --dtype, got {','.join(options.dtype)}")
     if options.ranks is None and "WORLD_SIZE" not in os.environ:
@@ -51,15 +50,11 @@ def run(options: argparse.Namespace, shape: LayerShape) -> int:
         raise UsageError("--ranks counts without a router: --routing must be uniform, zipf or one_expert, got text")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    display = None if quiet else Display(json_only=options.json)
     record = count(options, shape) if options.ranks is not None else measure(options, shape)
-    if display is not None:
+    if int(os.environ.get("RANK", "0")) == 0:  # one rank speaks for all
+        display = Display(json_only=options.json)
         _show(display, record)
-        if options.json:
-            print(json.dumps([record], indent=1))
-        if options.output is not None:
-            with options.output.open("a") as lines:
-                lines.write(json.dumps(record) + "\n")
+        report.write(display, options, [record])
     return 0
 
 

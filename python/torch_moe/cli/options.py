@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from torch_moe.cli.problem import DTYPES
 from torch_moe.cli.shapes import SHAPES
 from torch_moe.presets import PRESETS
+from torch_moe.testing.routings import ROUTINGS
 
-DTYPES = ("fp32", "bf16", "fp16")
 DEVICES = ("cpu",)
-ROUTINGS = ("text", "uniform", "zipf", "one_expert")
 
 
 def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,7 +37,7 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     )
     parser.add_argument(
         "--routing",
-        choices=ROUTINGS,
+        choices=("text", *ROUTINGS),
         help="text: the router decides on real text (default); others replace its choice (--ranks: default uniform)",
     )
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,6 +102,15 @@ def show_scaling(display: Display, results: Sequence[LayerResult]) -> None:
     shape = results[0].shape
     title = f"{shape.name}, {results[0].dtype}, forward: more experts, same work (top_k={shape.top_k})"
     display.table(title, [*header, f"time / {dense_name}"], rows)
+
+
+def write(display: Display, options: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> None:
+    """Write records where ``--output`` and ``--json`` want them."""
+    if options.output is not None:
+        append_jsonl(options.output, lines)
+        display.note(f"appended {len(lines)} lines to {options.output}")
+    if options.json:
+        print(json.dumps(lines, indent=1))
 
 
 def append_jsonl(path: Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch_moe.cli.errors import UsageError
+from torch_moe.config import RouterConfig
+from torch_moe.ops.activation import is_gated
 from torch_moe.presets import PRESETS
 
 
@@ -37,7 +39,7 @@ class LayerShape:
     @property
     def is_gated(self) -> bool:
         """Return whether the first GEMM gives a gate and an up value per intermediate column."""
-        return self.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
+        return is_gated(self.activation)
 
     @property
     def pre_activation_size(self) -> int:
@@ -66,20 +68,14 @@ class LayerShape:
         Raises
         ------
         UsageError
-            If `top_k` or the groups do not fit that number.
+            If the layer's router cannot have that number.
         """
-        if num_experts < self.top_k:
-            raise UsageError(
-                f"{self.name} picks top_k={self.top_k} experts per token, so it needs at least as many "
-                f"(got {num_experts})"
+        try:
+            RouterConfig(
+                hidden_size=self.hidden_size, num_experts=num_experts, top_k=self.top_k, **self.router_options()
             )
-        if num_experts % self.num_groups != 0:
-            raise UsageError(f"{self.name} has {self.num_groups} groups of experts; {num_experts} is no multiple of it")
-        if num_experts // self.num_groups * self.topk_groups < self.top_k:
-            raise UsageError(
-                f"{self.name} picks {self.top_k} experts from {self.topk_groups} of {self.num_groups} "
-                f"groups; {num_experts} experts are too few"
-            )
+        except ValueError as error:
+            raise UsageError(f"{self.name} cannot have {num_experts} experts: {error}") from error
         return replace(self, num_experts=num_experts)
 
     def layer_options(self) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from torch_moe.integrations.transformers.forward import ApplyGate, Projections, run_experts
-from torch_moe.integrations.transformers.gate import Gate, Host, apply_gate, gate_of
+from torch_moe.integrations.transformers.forward import Projections, run_experts
+from torch_moe.integrations.transformers.gate import Host, apply_gate, gate_of
 
 
 def fp8_experts_forward(self: Host, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -51,20 +51,9 @@ def fp8_experts_forward(self: Host, hidden_states: Tensor, top_k_index: Tensor, 
         used, ids = used_experts(top_k_index, num_experts)
     block = self.block_size
     gate_up, down = (_dequantize(w, s, block, used, dtype) for w, s in zip(weights, scales, strict=True))
-    return _run(hidden_states, ids, top_k_weights, Projections(gate_up, down), gate, apply)
-
-
-def _run(
-    hidden_states: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    projections: Projections,
-    gate: Gate | None,
-    apply: ApplyGate,
-) -> Tensor:
-    if projections.down.shape[0] == 0:  # no token has a local expert
+    if down.shape[0] == 0:  # no token has a local expert
         return torch.zeros_like(hidden_states)
-    return run_experts(hidden_states, ids, weights, projections, gate, apply)
+    return run_experts(hidden_states, ids, top_k_weights, Projections(gate_up, down), gate, apply)
 
 
 def used_experts(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
