@@ -180,15 +180,17 @@ def tests(check: Check) -> Outcome:
     # What other versions warn of is no failure here, and whatever plugins there are have no say. A worker that waits
     # for a kernel that hangs ends itself, and another one goes on with the next test.
     command = [sys.executable, "-m", "pytest", "--device", "cuda", "-q", "-m", "not slow", "--maxfail", "40"]
-    command += ["-W", "default", "--continue-on-collection-errors"]
+    command += ["-W", "default", "--continue-on-collection-errors", "-p", "gpu_failures"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-p", "xdist", "-n", str(min(8, check.cores))]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command += ["-p", "timeout", "--timeout", "60", "--timeout-method", "thread"]
     alone = {**environment(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    alone["PYTHONPATH"] += os.pathsep + str(ROOT / "benchmarks")
     status, output = run([*command, *(QUICK_TESTS if check.quick else ("tests",))], limit, alone)
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", output[-2000:])
-    return outcome(status, output, limit, [{name: int(count) for count, name in counts}])
+    failed = [{"failed_test": test} for test in re.findall("^failed at once: (.*)", output, re.MULTILINE)]
+    return outcome(status, output, limit, [{name: int(count) for count, name in counts}, *failed])
 
 
 def sanitizer(check: Check) -> Outcome:

@@ -6,6 +6,7 @@ import time
 
 import bench_gpu
 import gpu_check
+import gpu_failures
 import gpu_parts
 import gpu_small
 import gpu_summary
@@ -84,7 +85,7 @@ def test_other_plugins_and_warnings_do_not_end_the_python_tests(there, monkeypat
 
     def run(command, limit, env):
         ran.update(command=[str(part) for part in command], env=env)
-        return 0, "3 passed, 1 skipped in 2 s"
+        return 0, f"..F\n{gpu_failures.MARK}tests/a.py::b: why\n3 passed, 1 skipped in 2 s"
 
     monkeypatch.setattr(gpu_parts, "run", run)
     find = gpu_parts.importlib.util.find_spec
@@ -93,11 +94,27 @@ def test_other_plugins_and_warnings_do_not_end_the_python_tests(there, monkeypat
         gpu_parts.importlib.util, "find_spec", lambda name: (name in there or None) if name in optional else find(name)
     )
     told = gpu_parts.Check(quick=False, limit=lambda part: 9.0, gpu="a GPU", cores=4)
-    assert gpu_parts.tests(told).records == [{"passed": 3, "skipped": 1}]
+    assert gpu_parts.tests(told).records == [{"passed": 3, "skipped": 1}, {"failed_test": "tests/a.py::b: why"}]
     command = " ".join(ran["command"])
     assert ran["env"]["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] == "1"
-    assert "-W default --continue-on-collection-errors" in command
+    assert "-W default --continue-on-collection-errors -p gpu_failures" in command
     assert ("-p xdist -n 4" in command, "-p timeout --timeout 60" in command) == (bool(there), bool(there))
+
+
+@pytest.mark.parametrize("workers", [(), pytest.param(("-p", "xdist", "-n", "1"), marks=pytest.mark.slow)])
+def test_a_failed_test_is_told_of_at_once(workers, tmp_path):
+    if workers:
+        pytest.importorskip("xdist")
+    (tmp_path / "test_two.py").write_text(
+        "def test_a():\n    raise ValueError('first\\nsecond')\n\n\ndef test_b():\n    import time; time.sleep(60)\n"
+    )
+    environment = {**gpu_parts.environment(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment["PYTHONPATH"] += ":" + str(gpu_parts.ROOT / "benchmarks")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_failures", *workers, "--rootdir", tmp_path, tmp_path]
+    status, output = gpu_parts.run(command, 8, environment)
+    assert status is None  # it never came to a summary
+    assert output.count(gpu_failures.MARK) == 1
+    assert f"{gpu_failures.MARK}test_two.py::test_a: ValueError: first\n" in output
 
 
 def test_a_command_is_stopped_at_its_limit_with_its_children():
