@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,9 +14,26 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torch_moe import MoE
 from torch_moe.cli import main
-from torch_moe.cli.expert_parallel import expected_ranks
+from torch_moe.cli.expert_parallel import expected_ranks, group_copies
 from torch_moe.distributed import ExpertParallel, exchange
 from torch_moe.testing import routing
+
+
+@contextmanager
+def group_that_sends_nothing(ranks):
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield torch.distributed.group.WORLD
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def copies():
+    """Skip where torch's group that sends nothing leaves what a rank receives as it was: no layer runs on that."""
+    with group_that_sends_nothing(2):
+        if not group_copies():
+            pytest.skip(f"torch {torch.__version__} copies nothing in its fake group")
 
 
 def count(capsys, *arguments):
@@ -36,7 +54,12 @@ def test_1024_ranks_are_counted_in_seconds(capsys):
     assert time.process_time() - start < 30
     assert record["ranks_per_token"] == pytest.approx(record["ranks_per_token_formula"], rel=0.01)
     assert 1 <= record["received_rows_most_over_mean"] < 2
-    # Of the layer that was built at this size: its own experts, and what it hands to the exchange.
+
+
+@needs_distributed
+def test_a_layer_of_1024_ranks_is_built(capsys, copies):
+    """What is counted agrees with what that layer holds, and hands to the exchange."""
+    record = count(capsys, "--shape", "deepseek-v3", "--tokens", "16", "--experts", "2048", "--ranks", "1024")
     assert record["gate_up_proj_of_rank_0"] == [2, 4096, 7168]
     assert record["mib_of_experts_on_rank_0"] == 2 * 3 * 2048 * 7168 * 4 / 2**20
     assert record["rows_of_rank_0"] == pytest.approx(16 * record["ranks_per_token"], rel=0.02)
@@ -47,12 +70,11 @@ def test_1024_ranks_are_counted_in_seconds(capsys):
 
 
 @needs_distributed
-def test_a_layer_of_1024_ranks_runs_on_one():
-    """Over a group that sends nothing: every rank is told, and sends, what rank 0 sends to itself."""
+def test_a_layer_of_1024_ranks_runs_on_one(copies):
+    """Every rank is told, and sends, what rank 0 sends to itself."""
     ranks, local, tokens = 1024, 2, 512
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        layer = ExpertParallel(MoE(16, 8, ranks * local, 8), torch.distributed.group.WORLD, num_chunks=2)
+    with group_that_sends_nothing(ranks) as group:
+        layer = ExpertParallel(MoE(16, 8, ranks * local, 8), group, num_chunks=2)
         x = torch.randn(tokens, 16).requires_grad_()
         ids = routing("uniform", tokens, ranks * local, 8, seed=1)
         to_itself = ((ids < local).any(dim=1)).view(2, -1).sum(dim=1)
@@ -64,8 +86,6 @@ def test_a_layer_of_1024_ranks_runs_on_one():
         assert output.shape == x.grad.shape == x.shape
         assert layer.experts.down_proj.shape == (ranks * local, 16, 8)
         assert layer.experts.down_proj.grad.to_local().shape == (local, 16, 8)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_uneven_experts_in_the_formula():
