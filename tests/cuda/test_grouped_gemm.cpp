@@ -1,5 +1,7 @@
 #include "moe/grouped_gemm.h"
 
+#include <algorithm>
+
 #include "device.h"
 #include "emulated_gpu.h"
 #include "moe/isa.h"
