@@ -79,6 +79,23 @@ def test_the_programs_of_this_python_and_of_cuda_are_found(tmp_path, monkeypatch
     assert gpu_parts.with_tools(":".join(folders)).split(":") == folders
 
 
+@pytest.mark.parametrize(
+    ("ends", "ran", "status"),
+    [((0, 0, 0), 3, "passed"), ((1, 0, 0), 1, "failed"), ((0, 1, 0), 3, "failed"), ((0, None, 0), 2, "timed out")],
+)
+def test_kernel_tests_that_were_built_run_though_others_were_not(ends, ran, status, monkeypatch):
+    commands = []
+
+    def run(command, limit):
+        commands.append(command)
+        return ends[len(commands) - 1], "why"
+
+    monkeypatch.setattr(gpu_parts, "run", run)
+    monkeypatch.setattr(gpu_parts, "missing_tools", list)
+    told = gpu_parts.kernels(gpu_parts.Check(quick=False, limit=lambda part: 9.0, gpu="a GPU"))
+    assert (len(commands), told.status) == (ran, status)
+
+
 @pytest.mark.parametrize("there", [set(), {"xdist", "pytest_timeout"}])
 def test_other_plugins_and_warnings_do_not_end_the_python_tests(there, monkeypatch):
     ran = {}
