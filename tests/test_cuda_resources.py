@@ -64,3 +64,17 @@ def test_what_is_read_once_is_evicted_first(name, tmp_path):
     policies = [line for line in instructions if "createpolicy" in line]
     assert policies
     assert all("createpolicy.fractional.L2::evict_first.b64" in line and " 1.0" in line for line in policies)
+
+
+DEVICE_TESTS = {"test_layouts", "test_copies", "test_barriers"}  # with kernels of their own
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc (it needs no GPU)")
+@pytest.mark.parametrize("source", sorted(ROOT.glob("tests/cuda/test_*.cpp")), ids=lambda path: path.stem)
+def test_kernel_tests_compile_for_a_gpu(source, tmp_path):
+    """Without the header that the emulator includes before everything, which includes half of the standard library."""
+    folders = [part for name in ("tests/cuda", "tests/cpp", "cpp/cpu") for part in ("-I", ROOT / name)]
+    language = ["-x", "cu"] if source.stem in DEVICE_TESTS else []
+    result = compile_source(source, *folders, *language, "-c", "-o", tmp_path / "out.o")
+    assert result.returncode == 0, result.stderr
