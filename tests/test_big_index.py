@@ -1,7 +1,9 @@
 """Tensors of more than 2**31 elements: no index overflows. Each test takes up to 6.5 GiB for some seconds."""
 
+import ctypes
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,15 +33,39 @@ def _enough_memory(device):
         pytest.skip(f"needs 7 GiB of free memory, there are {free / 2**30:.1f}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_pages():
+    """Most of the time is the kernel's: in fragmented memory it takes four times as long to find the pages of 2 MiB.
+
+    The operators ask for those; here a page is touched once.
+    """
+    libc, thp_disable = ctypes.CDLL(None), 41  # PR_SET_THP_DISABLE of Linux
+    if sys.platform == "linux":
+        libc.prctl(thp_disable, 1, 0, 0, 0)
+    yield
+    if sys.platform == "linux":
+        libc.prctl(thp_disable, 0, 0, 0, 0)
+
+
 @pytest.fixture
 def plan(device):
     """One token that chose the one expert for all of its slots: the cheapest way to many rows."""
     return ops.plan(torch.zeros(1, NUM_ROWS, dtype=torch.int32, device=device), 1)
 
 
-def reserved_rows(device):
-    """Memory that is only reserved: what is never written takes none, and its values are not looked at."""
-    return torch.empty(NUM_ROWS, WIDTH, dtype=torch.bfloat16, device=device)
+@pytest.fixture(scope="module")
+def rows_of_all(request):
+    """Memory that is only reserved: what is never written takes none, and is zero on a CPU.
+
+    One for all tests, because most of their time is the kernel's, mapping a million pages per tensor that is read.
+    """
+    return torch.empty(NUM_ROWS, WIDTH, dtype=torch.bfloat16, device=request.config.getoption("--device"))
+
+
+@pytest.fixture
+def reserved_rows(device, rows_of_all):
+    """To be written in a few rows; the others' values are not looked at."""
+    return rows_of_all
 
 
 def test_permute(plan, device):
@@ -49,8 +75,8 @@ def test_permute(plan, device):
         assert torch.equal(rows[row], hidden_states[0])
 
 
-def test_combine(plan, device):
-    rows = reserved_rows(device)
+def test_combine(plan, device, reserved_rows):
+    rows = reserved_rows
     rows[LAST_BELOW], rows[-1] = 1, 2
     slot_to_row = torch.full_like(plan.slot_to_row, -1)
     slot_to_row[0, :2] = torch.tensor([LAST_BELOW, NUM_ROWS - 1], device=device)
@@ -66,30 +92,36 @@ def test_grouped_gemm(plan, device):
         assert torch.equal(output[row], rows[row] * weight[0, :, 0])
 
 
-def test_activation(device):
-    pre_activation = reserved_rows(device)
+def test_activation(device, reserved_rows):
+    pre_activation = reserved_rows
     pre_activation[-1] = randn(WIDTH, dtype=torch.bfloat16, device=device)
     output = ops.activation(pre_activation)
     assert torch.equal(output[-1], ops.activation(pre_activation[-1:])[0])
 
 
-def test_experts(plan, device):
-    """R x 2I elements of pre-activation; all rows are one token's, so each slot alone gives the whole result."""
+def test_experts(device):
+    """R x 2I elements of pre-activation; all rows are one token's, so each slot alone gives the whole result.
+
+    Many rows of few columns: scratch grows with a block of rows, and would take twice the memory of the result.
+    """
+    num_rows, width = 2**17 + 64, 2**14
+    assert num_rows * width > 2**31
     like = {"dtype": torch.bfloat16, "device": device}
-    gate_up = randn(1, WIDTH, 1, **like, seed=1).abs()  # no cancellation in the long sum
-    down = randn(1, 1, WIDTH // 2, **like, seed=2).abs() / 2**10
-    hidden_states, weights = torch.ones(1, 1, **like), torch.zeros(1, NUM_ROWS, device=device)
+    gate_up = randn(1, width, 1, **like, seed=1).abs()  # no cancellation in the long sum
+    down = randn(1, 1, width // 2, **like, seed=2).abs() / 2**7
+    hidden_states, weights = torch.ones(1, 1, **like), torch.zeros(1, num_rows, device=device)
     weights[0, -1] = 1
+    plan = ops.plan(torch.zeros(1, num_rows, dtype=torch.int32, device=device), 1)
     output, pre_activation = torch.ops.moe.experts(hidden_states, gate_up, down, weights, *plan)
-    for row in (0, LAST_BELOW, -1):
+    for row in (0, 2**17 - 1, -1):  # the middle one is the last whose elements all have an index below 2**31
         assert torch.equal(pre_activation[row], gate_up[0, :, 0])
     one_slot = ops.plan(torch.zeros(1, 1, dtype=torch.int32, device=device), 1)
     alone = ops.experts(hidden_states, gate_up, down, weights[:, -1:], one_slot)  # by another kernel: one row
-    assert_close(output, alone.double(), WIDTH // 2)
+    assert_close(output, alone.double(), width // 2)
 
 
-def test_combine_backward(plan, device):
-    rows, grad = reserved_rows(device), randn(1, WIDTH, dtype=torch.bfloat16, device=device)
+def test_combine_backward(plan, device, reserved_rows):
+    rows, grad = reserved_rows, randn(1, WIDTH, dtype=torch.bfloat16, device=device)
     rows[-1] = 1 / WIDTH
     weights = torch.arange(NUM_ROWS, dtype=torch.float32, device=device)[None]
     grad_rows, grad_weights = torch.ops.moe.combine_backward(grad, rows, weights, *plan)
@@ -98,8 +130,8 @@ def test_combine_backward(plan, device):
     assert_close(grad_weights[0, -1:], grad.double().mean()[None], WIDTH)
 
 
-def test_activation_backward(device):
-    pre_activation, grad = reserved_rows(device), randn(1, WIDTH // 2, dtype=torch.bfloat16, device=device)
+def test_activation_backward(device, reserved_rows):
+    pre_activation, grad = reserved_rows, randn(1, WIDTH // 2, dtype=torch.bfloat16, device=device)
     pre_activation[-1] = randn(WIDTH, dtype=torch.bfloat16, device=device)
     options = {"gate_layout": "concat", "alpha": 1.0, "limit": None, "up_offset": 0.0}
     gradient = torch.ops.moe.activation_backward
@@ -107,12 +139,12 @@ def test_activation_backward(device):
     assert torch.equal(output[-1], gradient(grad, pre_activation[-1:], "swiglu", **options)[0])
 
 
-def test_experts_backward(plan, device):
+def test_experts_backward(plan, device, reserved_rows):
     """The gradient of the tokens from that of R x 2I elements of pre-activation; one slot alone has a weight."""
     like = {"dtype": torch.bfloat16, "device": device}
     weights = torch.zeros(1, NUM_ROWS, device=device)
     weights[0, -1] = 1
-    pre_activation = reserved_rows(device)
+    pre_activation = reserved_rows
     pre_activation[-1] = randn(WIDTH, **like).abs()  # no cancellation in the long sum
     down, gate_up = (randn(*size, **like, seed=1).abs() / 2**10 for size in ((1, 1, WIDTH // 2), (1, WIDTH, 1)))
     ones = torch.ones(1, 1, **like)
