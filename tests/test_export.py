@@ -7,6 +7,7 @@ import torch
 from helpers import randn
 
 from torch_moe import MoE
+from torch_moe.nn import Routing
 
 T, H, I, E, K = 7, 16, 24, 5, 2  # noqa: E741
 
@@ -54,5 +55,5 @@ def test_routing_is_exported_as_the_tuple_it_is():
     output, routing = program.module()(x, return_routing=True)
     expected, expected_routing = layer(x, return_routing=True)
     assert torch.equal(output, expected)
-    assert type(routing) is type(expected_routing)
+    assert type(routing) is type(expected_routing) is Routing
     assert all(torch.equal(a, b) for a, b in zip(routing, expected_routing, strict=True))
