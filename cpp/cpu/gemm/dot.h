@@ -1,5 +1,6 @@
 // Dot products straight on the row-major weight: how both factors are read along k, by whole vectors, and the kernel
-// for one row. Nothing of the weight is packed, and each element comes from memory once. dot_stream.h has more rows.
+// for one or two rows. Nothing of the weight is packed, and each element comes from memory once. dot_stream.h has more
+// rows.
 #pragma once
 
 #include <algorithm>
@@ -47,44 +48,55 @@ void arrange_for_dot(const Storage* src, int64_t n, Wide<Storage>* dst, int64_t 
   }
 }
 
-// c[j] = <a, w[j]>. Multiplying takes no time here, so all is about reading: the columns are cut into as many runs as
-// there are accumulators, each one stream to the end, which a processor's own prefetcher follows and which is fetched a
-// fixed distance ahead. Where the streams end, they fetch what those of the next call will begin with.
-template <typename Storage>
-void dot_one_row(int64_t columns, const Wide<Storage>* a, const Storage* w, int64_t stride, int64_t k,
-                 const Storage* next, Wide<Storage>* c, TileStore how) {
+// Streams of the weight that the kernel below reads side by side, and the most rows that leave registers for them.
+inline constexpr int kRuns = 8;
+inline constexpr int kMostRowsOfRuns = 2 * kRuns <= MOE_ACCUMULATORS ? 2 : 1;
+
+// c[i, j] = <a[i], w[j]>. Multiplying takes little time here, so all is about reading: the columns are cut into runs,
+// each one stream to the end, which a processor's own prefetcher follows and which is fetched a fixed distance ahead.
+// Where the streams end, they fetch what those of the next call will begin with.
+template <typename Storage, int Rows>
+void dot_runs(int64_t columns, const Wide<Storage>* a, const Storage* w, int64_t stride, int64_t k, const Storage* next,
+              Wide<Storage>* c, int64_t ldc, TileStore how) {
   using Real = Wide<Storage>;
-  constexpr int n = kLanes<Real>, kParts = kDotParts<Storage>, kStreams = 8;
+  constexpr int n = kLanes<Real>, kParts = kDotParts<Storage>, kTile = Rows * kRuns;
   constexpr int64_t kStep = kDotStep<Storage>, kAhead = 2048 / sizeof(Storage);
   // The sums of as many columns as make n of them are added up together.
-  constexpr int kTogether = std::max(n / kStreams, 1), kGroups = (kTogether * kStreams + n - 1) / n;
-  const int64_t length = (columns + kStreams - 1) / kStreams, ahead = std::min(kAhead, k);
+  constexpr int kTogether = std::max(n / kTile, 1), kGroups = (kTogether * kTile + n - 1) / n;
+  const int64_t length = (columns + kRuns - 1) / kRuns, ahead = std::min(kAhead, k);
   // From the end of a stream to where the next call's begins.
   const int64_t beyond = next == nullptr ? 0 : next - w - length * stride;
-  Vec<Real> sums[kGroups * n / kStreams][kStreams] = {};
+  Vec<Real> sums[kGroups * n] = {};
   for (int64_t first = 0; first < length; first += kTogether) {
     const int64_t together = std::min<int64_t>(kTogether, length - first);
     for (int64_t j = first; j < first + together; ++j) {
-      const Storage* stream[kStreams];
-      Vec<Real>(&sum)[kStreams] = sums[j - first];
+      const Storage* stream[kRuns];
 #pragma GCC unroll 8
-      for (int s = 0; s < kStreams; ++s) {  // a missing column repeats the last one
+      for (int s = 0; s < kRuns; ++s) {  // a missing column repeats the last one
         stream[s] = w + std::min(s * length + j, columns - 1) * stride;
       }
-      Vec<Real> total[kStreams] = {};
+      Vec<Real> total[kRuns][Rows] = {};
       const auto step = [&](int64_t x, auto load_w) __attribute__((always_inline)) {
-        Vec<Real> a_parts[kParts], w_parts[kParts];
+        Vec<Real> a_parts[Rows][kParts], w_parts[kParts];
 #pragma GCC unroll 2
-        for (int p = 0; p < kParts; ++p) a_parts[p] = in_register(load(a + x / kDotPacking<Storage> + p * n));
+        for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+          for (int p = 0; p < kParts; ++p) {
+            a_parts[i][p] = in_register(load(a + x / kDotPacking<Storage> * Rows + (i * kParts + p) * n));
+          }
+        }
 #pragma GCC unroll 8
-        for (int s = 0; s < kStreams; ++s) {
+        for (int s = 0; s < kRuns; ++s) {
           load_w(stream[s] + x, w_parts);
 #pragma GCC unroll 2
           for (int p = 0; p < kParts; ++p) {
-            if constexpr (kDotPacking<Storage> == 2) {
-              total[s] = add_pairs(total[s], a_parts[p], w_parts[p]);
-            } else {
-              total[s] += a_parts[p] * w_parts[p];
+#pragma GCC unroll 2
+            for (int i = 0; i < Rows; ++i) {
+              if constexpr (kDotPacking<Storage> == 2) {
+                total[s][i] = add_pairs(total[s][i], a_parts[i][p], w_parts[p]);
+              } else {
+                total[s][i] += a_parts[i][p] * w_parts[p];
+              }
             }
           }
         }
@@ -105,19 +117,26 @@ void dot_one_row(int64_t columns, const Wide<Storage>* a, const Storage* w, int6
       if (const int64_t rest = k - x; rest > 0) {
         step(x, [rest](const Storage* p, auto& parts) { load_first_of_step(p, rest, parts); });
       }
+      Vec<Real>* sum = sums + (j - first) * kTile;
 #pragma GCC unroll 8
-      for (int s = 0; s < kStreams; ++s) sum[s] = total[s];
+      for (int s = 0; s < kRuns; ++s) {
+#pragma GCC unroll 2
+        for (int i = 0; i < Rows; ++i) sum[s * Rows + i] = total[s][i];
+      }
     }
     Real totals[kGroups * n];
     for (int g = 0; g < kGroups; ++g) {
       Vec<Real> group[n];
-      std::copy_n(&sums[0][0] + g * n, n, group);
+      std::copy_n(sums + g * n, n, group);
       sum_lanes<Real>(group);
       store(totals + g * n, group[0]);
     }
     for (int64_t j = 0; j < together; ++j) {
-      for (int64_t s = 0, at = first + j; s < kStreams && at < columns; ++s, at += length) {
-        c[at] = (how == TileStore::kAdd ? c[at] : Real(0)) + totals[j * kStreams + s];
+      for (int64_t s = 0, at = first + j; s < kRuns && at < columns; ++s, at += length) {
+        for (int i = 0; i < Rows; ++i) {
+          Real& out = c[i * ldc + at];
+          out = (how == TileStore::kAdd ? out : Real(0)) + totals[(j * kRuns + s) * Rows + i];
+        }
       }
     }
   }

@@ -1,10 +1,10 @@
 // Dot products of a few rows with one row of the weight after another: c[i, j] = <a[i], w[j]>.
 //
-// From two rows on, for the sizes at which multiplying takes about as long as reading: both go on side by side only
-// while what is multiplied lies in the first-level cache already. The rows of the weight are therefore one long stream,
-// fetched in three steps: twice into the second-level cache, since a core that asks for more than it can keep under way
-// drops what is too much, and once into the first. Several streams with one fetch, as of one row, get three quarters of
-// this speed at four rows.
+// From as many rows on as dot.h leaves, for the sizes at which multiplying takes about as long as reading: both go on
+// side by side only while what is multiplied lies in the first-level cache already. The rows of the weight are
+// therefore one long stream, fetched in three steps: twice into the second-level cache, since a core that asks for more
+// than it can keep under way drops what is too much, and once into the first. Several streams with one fetch, as of one
+// and two rows, get nine tenths of this speed at three rows, three quarters at four.
 #pragma once
 
 #include <algorithm>
@@ -21,9 +21,9 @@ struct Upcoming {
   const Storage *next, *ahead, *far_ahead;
 };
 
-// Of few rows, two sums along k in turn hide how long one addition takes; of more, as many columns as there are
-// registers for share what is loaded of the rows. Where a weight has to be widened, multiplying takes longer than
-// reading sooner.
+// Of few rows, two sums along k in turn hide how long one addition takes; of more, some columns share what is loaded of
+// the rows: two, since each is one more stream from memory. Where a weight has to be widened, multiplying takes longer
+// than reading sooner: as many as there are registers for.
 template <typename Storage>
 inline constexpr bool kDotWidens = sizeof(Storage) * kDotPacking<Storage> < sizeof(Wide<Storage>);
 template <typename Storage>
@@ -33,7 +33,7 @@ inline constexpr int kMostRowsOfOneColumn = !kDotWidens<Storage>     ? kFewDotRo
 template <typename Storage, int Rows>
 inline constexpr int kStreamColumns =
     Rows > kMostRowsOfOneColumn<Storage>
-        ? std::clamp((MOE_ACCUMULATORS - (kDotParts<Storage> == 2 ? 4 : 0)) / Rows, 1, 4)
+        ? std::clamp((MOE_ACCUMULATORS - (kDotParts<Storage> == 2 ? 4 : 0)) / Rows, 1, kDotWidens<Storage> ? 4 : 2)
         : 1;
 
 // sums[j * Rows + i] = <a[i], w[j]>, lane by lane, for the `columns` columns of a tile. A missing one repeats the last
@@ -152,11 +152,12 @@ template <typename Storage>
 void dot(int rows, int64_t columns, const Wide<Storage>* a, const Storage* w, int64_t stride, int64_t k,
          const Storage* next, Wide<Storage>* c, int64_t ldc, TileStore how) {
   static_assert(kMaxDotRows == 8, "one function per number of rows");
-  if (rows == 1) return dot_one_row(columns, a, w, stride, k, next, c, how);
-  static constexpr decltype(&dot_stream_of<Storage, 2>) kOfRows[] = {
-      dot_stream_of<Storage, 2>, dot_stream_of<Storage, 3>, dot_stream_of<Storage, 4>, dot_stream_of<Storage, 5>,
-      dot_stream_of<Storage, 6>, dot_stream_of<Storage, 7>, dot_stream_of<Storage, 8>};
-  kOfRows[rows - 2](columns, a, w, stride, k, next, c, ldc, how);
+  static constexpr decltype(&dot_runs<Storage, 1>) kOfRows[] = {
+      dot_runs<Storage, 1>,      kMostRowsOfRuns > 1 ? dot_runs<Storage, kMostRowsOfRuns> : dot_stream_of<Storage, 2>,
+      dot_stream_of<Storage, 3>, dot_stream_of<Storage, 4>,
+      dot_stream_of<Storage, 5>, dot_stream_of<Storage, 6>,
+      dot_stream_of<Storage, 7>, dot_stream_of<Storage, 8>};
+  kOfRows[rows - 1](columns, a, w, stride, k, next, c, ldc, how);
 }
 
 }  // namespace moe::MOE_ISA
