@@ -18,8 +18,12 @@ class GateUpWorker {
   using Real = Wide<Storage>;
 
  public:
-  static constexpr int64_t kColumnsPerUnit = 96;  // of A: a multiple of every tile's rows
-  static constexpr int64_t kWidth = 2 * kColumnsPerUnit;
+  // Columns of A in a unit: a multiple of every tile's rows. Where units are few, half as many, or a thread would wait
+  // long for the last one.
+  static int64_t columns_per_unit(int64_t blocks, int64_t intermediate, int64_t threads) {
+    const bool few = blocks * ceil_div(intermediate, kMostColumns) < kUnitsPerThread * threads;
+    return few ? kMostColumns / 2 : kMostColumns;
+  }
 
   static size_t scratch_bytes(const Experts<Storage>& experts, int64_t max_rows) {
     return BlockGemm<Storage>::scratch_bytes(experts.table, max_rows, experts.hidden, kWidth) +
@@ -49,6 +53,8 @@ class GateUpWorker {
   }
 
  private:
+  static constexpr int64_t kMostColumns = 192, kUnitsPerThread = 32, kWidth = 2 * kMostColumns;
+
   // The column of the weight with which a unit begins.
   const Storage* first_column(const Unit& unit) const {
     return experts_.gate_up_proj(unit.rows.expert).column(experts_.layout.columns(unit.begin, unit.count).begin[0]);
@@ -87,8 +93,10 @@ class GateUpWorker {
 template <typename Storage>
 bool gate_up(const Experts<Storage>& experts, const GateUp<Storage>& args, const ThreadPool& pool) {
   const int64_t max_rows = BlockGemm<Storage>::max_rows(experts.table, experts.hidden);
-  const auto units = units_of(row_blocks(experts.offsets.data(), experts.layer.plan.num_experts, max_rows),
-                              experts.intermediate, GateUpWorker<Storage>::kColumnsPerUnit);
+  auto blocks = row_blocks(experts.offsets.data(), experts.layer.plan.num_experts, max_rows);
+  const int64_t columns = GateUpWorker<Storage>::columns_per_unit(static_cast<int64_t>(blocks.size()),
+                                                                  experts.intermediate, pool.num_threads());
+  const auto units = units_of(std::move(blocks), experts.intermediate, columns);
   return run_units(
       pool, static_cast<int64_t>(units.size()), GateUpWorker<Storage>::scratch_bytes(experts, max_rows),
       [&](Arena& arena) { return GateUpWorker<Storage>(experts, args, units, max_rows, arena); },
