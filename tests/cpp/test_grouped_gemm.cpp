@@ -105,6 +105,16 @@ TEST(grouped_gemm_of_any_size) {
   });
 }
 
+// So deep that every kernel takes k in parts, for as few rows as each of them is chosen for.
+TEST(grouped_gemm_in_parts_of_k) {
+  for_each_type([&]<typename T>(std::type_identity<T>) {
+    for (const WeightLayout layout : {WeightLayout::kOutIn, WeightLayout::kInOut}) {
+      check_gemm<T>({0, 1, 3, 8, 40, 104}, 104, 9, 4640, layout, false);
+      check_gemm<T>({0, 12, 24}, 24, 5, 16960, layout, false);  // twelve rows fill the cache later
+    }
+  });
+}
+
 TEST(grouped_gemm_stays_in_bounds) {
   for (const Problem& p : problems()) {
     if (p.name == "many_slots") continue;
