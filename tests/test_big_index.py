@@ -59,7 +59,8 @@ def rows_of_all(request):
 
     One for all tests, because most of their time is the kernel's, mapping a million pages per tensor that is read.
     """
-    return torch.empty(NUM_ROWS, WIDTH, dtype=torch.bfloat16, device=request.config.getoption("--device"))
+    on_gpu = request.config.getoption("--device") == "cuda" and torch.cuda.is_available()  # else tests skip
+    return torch.empty(NUM_ROWS, WIDTH, dtype=torch.bfloat16, device="cuda" if on_gpu else "cpu")
 
 
 @pytest.fixture
