@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON      ?= python3
 TORCH       ?= torch==2.13.0
 JOBS        ?= 2
+WERROR      ?= OFF
 ENV         := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 RUN         := $(ENV)/bin/python
 CMAKE       := PATH="$(abspath $(ENV))/bin:$$PATH" $(ENV)/bin/cmake
@@ -39,7 +40,7 @@ $(STAMP): $(SOURCES) Makefile | $(ENV)/bin/python
 	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install '$(TORCH)'
 	$(RUN) -m pip install --quiet $(BUILD_TOOLS)
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) PATH="$(abspath $(ENV))/bin:$$PATH" \
-	  $(RUN) -m pip install --no-build-isolation '.[$(EXTRAS)]'
+	  $(RUN) -m pip install --no-build-isolation -C cmake.define.MOE_WERROR=$(WERROR) '.[$(EXTRAS)]'
 	@touch $@
 
 install: $(STAMP)
@@ -55,7 +56,7 @@ test: $(STAMP)
 	$(MAKE) test-cuda
 
 test-asan: $(STAMP)
-	$(CMAKE) -S . -B build/asan -G Ninja -DMOE_ASAN=ON
+	$(CMAKE) -S . -B build/asan -G Ninja -DMOE_ASAN=ON -DMOE_WERROR=$(WERROR)
 	$(CMAKE) --build build/asan --parallel $(JOBS)
 	$(ENV)/bin/ctest --test-dir build/asan --output-on-failure
 
@@ -65,7 +66,7 @@ gpu-check:
 
 # Every CUDA kernel, executed on the CPU under randomised schedules; needs CUDA's headers and no GPU.
 test-cuda: $(STAMP)
-	$(CMAKE) -S . -B build/cuda -G Ninja -DMOE_CUDA_ON_CPU=ON
+	$(CMAKE) -S . -B build/cuda -G Ninja -DMOE_CUDA_ON_CPU=ON -DMOE_WERROR=$(WERROR)
 	$(CMAKE) --build build/cuda --parallel $(JOBS) --target moe_cuda_tests
 	$(ENV)/bin/ctest --test-dir build/cuda -L cuda --parallel $(JOBS) --output-on-failure
 

@@ -10,8 +10,8 @@ from torch_moe import MoE, ops
 
 T, H, I, E, K = 7, 16, 24, 5, 2  # noqa: E741
 
-# torch's forward mode loads its formulas through torch.jit.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# torch's forward mode loads its formulas through torch.jit; which kind of warning that gives is its version's.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 
 # Operators that are or have a gradient: the others read ids, write bytes, or are refused to requires_grad.
 DIFFERENTIABLE = [op for op in OPS if torch._C._dispatch_has_kernel_for_dispatch_key(f"moe::{op}", "Autograd")]
