@@ -3,7 +3,7 @@
     make gpu-check                                     # also: torch-moe gpu-check
     make gpu-check GPU_ARGS='--only build,bench'
 
-Builds the package with the torch (>= 2.10) and the nvcc (>= 12.5) that are there, downloads nothing, then in order: the
+Builds the package with the torch (>= 2.10) and the nvcc (>= 12.4) that are there, downloads nothing, then in order: the
 instruction conformance and kernel tests on the device, the Python tests with --device cuda, compute-sanitizer on small
 shapes, the benchmarks. What a machine lacks is skipped and says why. With a GPU the outcome is written to
 benchmarks/results/gpu-<name>-<date>.jsonl, and a summary beside it.

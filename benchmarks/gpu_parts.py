@@ -122,7 +122,7 @@ def missing_tools() -> list[str]:
         "a C++20 compiler (g++, or CXX)": compilers,
         "cmake": ["cmake"],
         "ninja or make": ["ninja", "make"],
-        "nvcc >= 12.5 (the CUDA toolkit's bin folder on the PATH)": ["nvcc"],
+        "nvcc >= 12.4 (the CUDA toolkit's bin folder on the PATH)": ["nvcc"],
     }
     return [what for what, names in needed.items() if not any(name and shutil.which(name) for name in names)]
 

@@ -3,7 +3,7 @@
 # is opened by it at the first call.
 set(MOE_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (when there is an nvcc), ON or OFF")
 set_property(CACHE MOE_CUDA PROPERTY STRINGS AUTO ON OFF)
-set(moe_oldest_nvcc 12.5)  # cudaGetDriverEntryPointByVersion
+set(moe_oldest_nvcc 12.4)
 set(moe_oldest_cmake 3.27)  # 3.25 does not know that nvcc has C++20
 
 # Sets ${enabled} if CUDA is wanted and possible. An AUTO that finds no usable compiler says why and goes on.

@@ -5,6 +5,7 @@
 #include <cuda.h>
 
 #include "elements.cuh"
+#include "tensor_map.h"
 
 namespace moe::cuda::sm90 {
 
@@ -18,11 +19,8 @@ struct MapShape {
 
 template <typename T>
 Status encode_map(CUtensorMap* map, const T* data, const MapShape& shape, const CudaContext& cuda) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-  if (error != cudaSuccess || function == nullptr) {
+  const auto encode = find_tensor_map_encoder();
+  if (encode == nullptr) {
     return unsupported("cuTensorMapEncodeTiled", "this driver does not have it (update it to one for CUDA 12)", cuda);
   }
   const cuuint64_t sizes[] = {cuuint64_t(shape.inner), cuuint64_t(shape.middle), cuuint64_t(shape.outer)};
@@ -31,9 +29,9 @@ Status encode_map(CUtensorMap* map, const T* data, const MapShape& shape, const 
   const cuuint32_t box[] = {64, cuuint32_t(shape.box_middle), cuuint32_t(shape.box_outer)};
   const cuuint32_t steps[] = {1, 1, 1};
   const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult encoded = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      map, type, 3, const_cast<T*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult encoded =
+      encode(map, type, 3, const_cast<T*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (encoded != CUDA_SUCCESS) return unsupported("cuTensorMapEncodeTiled", "the driver refused a tensor map", cuda);
   return Status::kOk;
 }

@@ -172,7 +172,7 @@ struct Cuda {
     return Status::kCudaError;
   }
   std::string failure() const {
-    return "this build of torch-moe has no CUDA kernels (build it again with nvcc >= 12.5 on the PATH: "
+    return "this build of torch-moe has no CUDA kernels (build it again with nvcc >= 12.4 on the PATH: "
            "pip install --no-build-isolation ., or move the tensors to the CPU)";
   }
 };

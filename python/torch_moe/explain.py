@@ -71,7 +71,7 @@ def _cuda_lines() -> list[str]:
     """Tell whether GPUs can be used and with which kernels, or what is missing and how to get it."""
     info = _C.build_info()
     if not info["cuda"]:
-        return ["CUDA: this build has no CUDA kernels; for them, build again with nvcc >= 12.5 on the PATH: "
+        return ["CUDA: this build has no CUDA kernels; for them, build again with nvcc >= 12.4 on the PATH: "
                 "pip install --no-build-isolation ."]  # fmt: skip
     lines = [f"CUDA: kernels built by nvcc {info['cuda']} for the architectures {info['cuda_architectures']}"]
     if torch.version.cuda is None:

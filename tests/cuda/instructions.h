@@ -6,6 +6,7 @@
 #include <array>
 
 #include "device.h"
+#include "tensor_map.h"
 
 // Whether this pass compiles instructions of sm_90, and those of sm_90a alone.
 #if defined(CUDA_ON_CPU) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -30,18 +31,15 @@ inline bool has_sm90() {
 // Of 16-bit elements, innermost dimension first, rows `pitch` elements apart; two dimensions when box[2] is 0.
 inline CUtensorMap tensor_map(void* data, const std::array<int, 3>& size, int pitch, const std::array<int, 3>& box,
                               CUtensorMapSwizzle swizzle) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  cuda_ok(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result));
+  const auto encode = cuda::find_tensor_map_encoder();
   const cuuint64_t sizes[] = {cuuint64_t(size[0]), cuuint64_t(size[1]), cuuint64_t(size[2])};
   const cuuint64_t strides[] = {cuuint64_t(pitch) * 2, cuuint64_t(pitch) * 2 * cuuint64_t(size[1])};
   const cuuint32_t boxes[] = {cuuint32_t(box[0]), cuuint32_t(box[1]), cuuint32_t(box[2])};
   const cuuint32_t steps[] = {1, 1, 1};
   CUtensorMap map{};
-  check(function != nullptr && reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-                                   &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, box[2] == 0 ? 2 : 3, data, sizes, strides,
-                                   boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                   CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS,
+  check(encode != nullptr && encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, box[2] == 0 ? 2 : 3, data, sizes, strides,
+                                    boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                    CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS,
         __FILE__, __LINE__, "cuTensorMapEncodeTiled refuses a map");
   return map;
 }
