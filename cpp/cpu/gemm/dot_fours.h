@@ -128,7 +128,7 @@ void fours_tile(int rows, int columns, const Real* q, const Real* w, int64_t str
   }
   if (const int64_t rest = k - x; rest > 0) {
     step(x, [rest](const Real* p) {
-      Real elements[kDepth] = {};
+      Real elements[kFourDepth<Real>] = {};
       std::copy_n(p, rest, elements);
       return repeat(elements);
     });
