@@ -19,7 +19,7 @@ struct MapShape {
 
 template <typename T>
 Status encode_map(CUtensorMap* map, const T* data, const MapShape& shape, const CudaContext& cuda) {
-  const auto encode = find_tensor_map_encoder();
+  const auto encode = tensor_map_encoder();
   if (encode == nullptr) {
     return unsupported("cuTensorMapEncodeTiled", "this driver does not have it (update it to one for CUDA 12)", cuda);
   }

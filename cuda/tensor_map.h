@@ -6,19 +6,22 @@
 
 namespace moe::cuda {
 
-// Null where the driver does not have it.
-inline decltype(&cuTensorMapEncodeTiled) find_tensor_map_encoder() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
+// Null where the driver does not have it. Looked up once: a layer makes up to ten maps per call.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static const auto encoder = []() -> decltype(&cuTensorMapEncodeTiled) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
 #else
-  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
 #endif
-  if (error == cudaSuccess) return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  (void)cudaGetLastError();  // or the next launch would find it
-  return nullptr;
+    if (error == cudaSuccess) return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+    (void)cudaGetLastError();  // or the next launch would find it
+    return nullptr;
+  }();
+  return encoder;
 }
 
 }  // namespace moe::cuda

@@ -31,7 +31,7 @@ inline bool has_sm90() {
 // Of 16-bit elements, innermost dimension first, rows `pitch` elements apart; two dimensions when box[2] is 0.
 inline CUtensorMap tensor_map(void* data, const std::array<int, 3>& size, int pitch, const std::array<int, 3>& box,
                               CUtensorMapSwizzle swizzle) {
-  const auto encode = cuda::find_tensor_map_encoder();
+  const auto encode = cuda::tensor_map_encoder();
   const cuuint64_t sizes[] = {cuuint64_t(size[0]), cuuint64_t(size[1]), cuuint64_t(size[2])};
   const cuuint64_t strides[] = {cuuint64_t(pitch) * 2, cuuint64_t(pitch) * 2 * cuuint64_t(size[1])};
   const cuuint32_t boxes[] = {cuuint32_t(box[0]), cuuint32_t(box[1]), cuuint32_t(box[2])};
