@@ -40,7 +40,7 @@ $(STAMP): $(SOURCES) Makefile | $(ENV)/bin/python
 	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install '$(TORCH)'
 	$(RUN) -m pip install --quiet $(BUILD_TOOLS)
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) PATH="$(abspath $(ENV))/bin:$$PATH" \
-	  $(RUN) -m pip install --no-build-isolation -C cmake.define.MOE_WERROR=$(WERROR) '.[$(EXTRAS)]'
+	  $(RUN) -m pip install --no-build-isolation --config-settings=cmake.define.MOE_WERROR=$(WERROR) '.[$(EXTRAS)]'
 	@touch $@
 
 install: $(STAMP)
