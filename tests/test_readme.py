@@ -122,7 +122,8 @@ def test_expert_parallel_example_runs(monkeypatch, capsys):
     try:
         exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     finally:
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():  # the example stopped before its end
+            torch.distributed.destroy_process_group()
     assert capsys.readouterr().out == "torch.Size([16, 256, 64])\n"
 
 
