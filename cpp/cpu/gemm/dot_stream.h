@@ -152,6 +152,7 @@ template <typename Storage>
 void dot(int rows, int64_t columns, const Wide<Storage>* a, const Storage* w, int64_t stride, int64_t k,
          const Storage* next, Wide<Storage>* c, int64_t ldc, TileStore how) {
   static_assert(kMaxDotRows == 8, "one function per number of rows");
+  // Two rows are read as one is, where registers hold the sums of both.
   static constexpr decltype(&dot_runs<Storage, 1>) kOfRows[] = {
       dot_runs<Storage, 1>,      kMostRowsOfRuns > 1 ? dot_runs<Storage, kMostRowsOfRuns> : dot_stream_of<Storage, 2>,
       dot_stream_of<Storage, 3>, dot_stream_of<Storage, 4>,
