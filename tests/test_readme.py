@@ -130,7 +130,8 @@ def test_expert_parallel_example_runs(monkeypatch, capsys):
 def test_two_meshes_example_runs(tmp_path):
     """On four ranks, by torchrun; all ranks clip by the same norm."""
     code = re.search(r"```python\n(.*?)```", between("expert-parallel-fsdp"), re.DOTALL).group(1)
-    (tmp_path / "script.py").write_text(code)
+    leave = "import os\nimport sys\n\nsys.stdout.flush()\nos._exit(0)\n"  # why: tests/distributed/rank.py
+    (tmp_path / "script.py").write_text(code + leave)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "script.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -1,8 +1,7 @@
 """Run by tests/test_balancing_ranks.py, one process per rank: each rank sees other tokens, all get one result."""
 
-import sys
-
 import torch
+from rank import run
 from torch import distributed
 
 from torch_moe import BiasBalancer, MoE, Observation, RoutingStats
@@ -59,4 +58,4 @@ def main(rank, world_size, path):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run(main)

@@ -1,9 +1,9 @@
 """Run by tests/test_ep_composition.py, one process per rank: ExpertParallel with what else torch has to offer."""
 
-import sys
 from pathlib import Path
 
 import torch
+from rank import run
 from torch import distributed
 from torch.distributed import checkpoint, init_device_mesh
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -314,4 +314,4 @@ def main(rank, world_size, path, part):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    run(main)

@@ -1,9 +1,9 @@
 """Run by tests/test_expert_parallel.py, one process per rank: a layer over ranks is the layer in one process."""
 
-import sys
 from contextlib import contextmanager, nullcontext
 
 import torch
+from rank import run
 from torch import distributed
 
 import torch_moe
@@ -356,4 +356,4 @@ def main(rank, world_size, path):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run(main)

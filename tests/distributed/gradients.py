@@ -1,8 +1,7 @@
 """Run by tests/test_ep_gradients.py, one process per rank: norms and means over several meshes."""
 
-import sys
-
 import torch
+from rank import run
 from torch import distributed, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -47,4 +46,4 @@ def main(rank, world_size, path):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run(main)

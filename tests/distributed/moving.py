@@ -2,9 +2,9 @@
 
 import copy
 import dataclasses
-import sys
 
 import torch
+from rank import run
 from torch import distributed
 
 from torch_moe import MoE
@@ -46,4 +46,4 @@ def main(rank, world_size, path):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run(main)

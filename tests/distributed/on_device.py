@@ -1,9 +1,8 @@
 """Run by tests/test_ep_device.py, one process per rank, all on one device: what the layer on the CPU gives."""
 
-import sys
-
 import torch
 from expert_parallel import E, K, inputs, make_layer, results, steps
+from rank import run
 from torch import distributed
 
 from torch_moe.distributed import ExpertParallel, Placement
@@ -81,4 +80,4 @@ def main(rank, world_size, path, device):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    run(main)

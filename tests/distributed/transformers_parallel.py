@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from rank import run
 from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -71,4 +72,4 @@ def main(rank, world_size, store, family, kind):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    run(main)
