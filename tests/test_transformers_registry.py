@@ -39,11 +39,16 @@ def test_without_transformers_everything_else_works():
         "import sys; sys.modules['transformers'] = None\n"
         "import torch, torch_moe, torch_moe.integrations.transformers as engine\n"
         "torch_moe.MoE(8, 8, 4, 2)(torch.randn(3, 8))\n"
-        "try: engine.enable()\n"
-        "except ImportError as error: print(error)\n"
+        "for call in (engine.enable, lambda: engine.convert_checkpoint({}, None)):\n"
+        "    try: call()\n"
+        "    except ImportError as error: print(error)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "pip install 'torch-moe[transformers]'" in run.stdout
+    features = ("an experts interface", "tables of its checkpoints' forms")
+    needs = "torch_moe.integrations.transformers needs transformers with"
+    for line, feature in zip(run.stdout.splitlines(), features, strict=True):
+        assert line.startswith(f"{needs} {feature}")
+        assert "pip install 'torch-moe[transformers]'" in line
 
 
 def test_enable_and_disable():

@@ -1,6 +1,7 @@
 """Make torch-moe an experts implementation of transformers, and take it away again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 from torch import Tensor
@@ -68,15 +69,22 @@ def is_default() -> bool:
     return getattr(_interfaces()[0]._global_mapping[STOCK], "is_torch_moe", False)
 
 
-def _interfaces() -> tuple[Host, Host]:
+@contextmanager
+def transformers_with(feature: str) -> Iterator[None]:
+    """Have an import from transformers fail with what is missing and how to get it."""
     try:
-        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
-        from transformers.integrations.moe import ExpertsInterface
+        yield
     except ImportError as error:
         raise ImportError(
-            "torch_moe.integrations.transformers needs transformers with an experts interface, which this environment "
-            "lacks (pip install 'torch-moe[transformers]')"
+            f"torch_moe.integrations.transformers needs transformers with {feature}, which this environment lacks "
+            "(pip install 'torch-moe[transformers]')"
         ) from error
+
+
+def _interfaces() -> tuple[Host, Host]:
+    with transformers_with("an experts interface"):
+        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+        from transformers.integrations.moe import ExpertsInterface
     return ExpertsInterface, FP8ExpertsInterface
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_moe.integrations.transformers.gate import Host
+from torch_moe.integrations.transformers.registry import transformers_with
 
 # Gate, up and down projection of an expert, in the two forms.
 FORMS = {"proj": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}
@@ -44,12 +45,13 @@ def convert_checkpoint(state_dict: Mapping[str, Tensor], config: Host, *, revers
     Raises
     ------
     ImportError
-        If transformers is absent: see :func:`stack_experts`.
+        If transformers is absent or has no such tables: see :func:`stack_experts`.
     ValueError
         If an expert's tensor is left over because an expert is missing.
     """
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    with transformers_with("tables of its checkpoints' forms"):
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     if not reverse:
         _check_complete(state_dict)
