@@ -23,8 +23,7 @@ from layer_machine import Bench
 from layer_runs import Row, run_cases
 
 from torch_moe import _C
-from torch_moe.cli import plot, report
-from torch_moe.cli.bench import describe
+from torch_moe.cli import machine, plot, report
 from torch_moe.cli.display import Display
 from torch_moe.cli.problem import DTYPES
 from torch_moe.testing import ROUTINGS
@@ -125,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(options: argparse.Namespace, rows: list[Row], claims: list[Claim], display: Display) -> None:
-    environment = describe()
+    environment = machine.describe()
     if options.markdown:
         print(layer_report.markdown(rows, claims))
     if options.output is not None:

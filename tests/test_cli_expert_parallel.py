@@ -13,7 +13,7 @@ from ranks import needs_distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torch_moe import MoE
-from torch_moe.cli import main
+from torch_moe.cli import machine, main
 from torch_moe.cli.expert_parallel import expected_ranks, group_copies
 from torch_moe.distributed import ExpertParallel, exchange
 from torch_moe.testing import routing
@@ -34,6 +34,13 @@ def copies():
     with group_that_sends_nothing(2):
         if not group_copies():
             pytest.skip(f"torch {torch.__version__} copies nothing in its fake group")
+
+
+def assert_same_machine(record):
+    """A record says of the run what every record does."""
+    here = {name: value for name, value in machine.describe().items() if name != "date"}
+    assert "date" in record
+    assert {name: record[name] for name in here} == here
 
 
 def count(capsys, *arguments):
@@ -105,6 +112,7 @@ def test_the_output_may_be_in_a_new_folder(capsys, tmp_path):
     output = tmp_path / "new" / "ep.jsonl"
     record = count(capsys, "--tokens", "8", "--ranks", "2", "--output", str(output))
     assert json.loads(output.read_text()) == record
+    assert_same_machine(record)
 
 
 @pytest.mark.parametrize(
@@ -123,39 +131,17 @@ def test_options_that_do_not_fit_are_refused(capsys, arguments, words):
 
 
 @needs_distributed
-def test_torchrun(tmp_path):
+def test_torchrun(tmp_path, one_thread):
     """GPT-OSS's activation and biases, routed by its own router on text."""
     output = tmp_path / "ep.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "torch_moe",
-    ]
-    command += [
-        "bench",
-        "--ep",
-        "--shape",
-        "gpt-oss",
-        "--experts",
-        "4",
-        "--tokens",
-        "16",
-        "--rounds",
-        "1",
-        "--chunks",
-        "2",
-        "--output",
-        str(output),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["torch_moe", "bench", "--ep", "--shape", "gpt-oss", "--experts", "4", "--tokens", "16"]
+    command += ["--rounds", "1", "--chunks", "2", "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())
+    assert_same_machine(record)
     assert record["ranks"] == 2
     assert record["routing"] == "text"
     assert record["shape"] == "gpt-oss"

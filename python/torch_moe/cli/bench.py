@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 import torch_moe
-from torch_moe import _C
 from torch_moe.cli import expert_parallel, host, machine, plot, report
 from torch_moe.cli.display import Display
 from torch_moe.cli.errors import UsageError
@@ -51,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     if options.realtime:
         display.note(quiet.words)
 
-    environment = describe()
+    environment = machine.describe()
     display.note(
         f"torch-moe {torch_moe.__version__}, torch {torch.__version__}, {environment['cpu']}, "
         f"{environment['threads']} threads, ISA {environment['isa']}"
@@ -79,21 +75,6 @@ def run(options: argparse.Namespace) -> int:
         display.note(reason or f"drew {options.plot}")
     report.write(display, options, records(results + scaling, environment))
     return 0
-
-
-def describe() -> dict[str, Any]:
-    """Return what every record says of the run: date, commit, versions, machine."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.source_commit(),
-        "version": torch_moe.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": machine.cpu_model(),
-        "cores": machine.num_cores(),
-        "threads": torch.get_num_threads(),
-        "isa": _C.isa(),
-    }
 
 
 def _shapes(options: argparse.Namespace) -> tuple[LayerShape, list[LayerShape]]:

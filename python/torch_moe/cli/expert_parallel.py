@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from torch_moe import MoE, ops
-from torch_moe.cli import report
+from torch_moe.cli import machine, report
 from torch_moe.cli.display import Display
 from torch_moe.cli.errors import UsageError
 from torch_moe.cli.problem import DTYPES, draw_input
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace, shape: LayerShape) -> int:
     if int(os.environ.get("RANK", "0")) == 0:  # one rank speaks for all
         display = Display(json_only=options.json)
         _show(display, record)
-        report.write(display, options, [record])
+        report.write(display, options, [machine.describe() | record])
     return 0
 
 

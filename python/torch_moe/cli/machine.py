@@ -1,17 +1,39 @@
-"""What the benchmark must know of the machine: its name for the record, its free memory, its scheduler."""
+"""What the benchmark must know of the machine: its name for the record, its caches, its free memory."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
+
+import torch
+
+import torch_moe
+from torch_moe import _C
 
 GIB = 1 << 30
 # Assumed where the operating system does not tell.
 UNKNOWN_MEMORY = 4 * GIB
 # Share of the free memory that the benchmark may plan with; the rest is for temporaries and for others.
 MEMORY_SHARE = 0.7
+
+
+def describe() -> dict[str, Any]:
+    """Return what every record says of the run: date, commit, versions, machine."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": source_commit(),
+        "version": torch_moe.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu_model(),
+        "cores": num_cores(),
+        "threads": torch.get_num_threads(),
+        "isa": _C.isa(),
+    }
 
 
 def cpu_model() -> str:
