@@ -42,10 +42,14 @@ inline Vec<float> exp(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
+#if MOE_VECTOR_BYTES == 64
+  return reinterpret_cast<Vec<float>>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
   const Int exponent = reinterpret_cast<Int>(shifted) - reinterpret_cast<Int>(broadcast(kRound));
   const Int half = exponent >> 1;
   const auto power_of_2 = [](Int e) { return reinterpret_cast<Vec<float>>((e + 127) << 23); };
   return p * power_of_2(half) * power_of_2(exponent - half);
+#endif
 }
 inline Vec<double> exp(Vec<double> x) {
   return each_lane(x, [](double v) { return std::exp(v); });

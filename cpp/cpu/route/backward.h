@@ -25,13 +25,14 @@ void route_token_backward(const RouteBackwardArgs& args, int64_t token, const Ro
     work.picks[n] = ids[j];
     g[n++] = grad_weights[j] * static_cast<Real>(options.routed_scaling_factor);
   }
+  std::optional<Softmax<Real>> of_all;
   if (all) {
     load_logits(logits, num_experts, z);
-    softmax(z, route_padded(num_experts), work.scores);
+    of_all = softmax(z, route_padded(num_experts), work.scores);
   } else {
     for (int64_t j = 0; j < n; ++j) z[work.picks[j]] = widen(logits[work.picks[j]]);
   }
-  weigh(options, z, all ? v : nullptr, n, work);
+  weigh(options, z, of_all, n, work);
   const auto dot = [&] {
     Real sum = 0;
     for (int64_t j = 0; j < n; ++j) sum += g[j] * w[j];

@@ -35,11 +35,13 @@ int64_t keep_best_groups(const RouteOptions& options, int64_t num_experts, const
   return kept * size;
 }
 
-// Writes the ids of the best experts by `base` (the scores or the logits).
+// Writes the ids of the best experts by `base`: the scores, or the logits, which are `ordered` when none is NaN.
 template <typename Real>
-void select(const RouteArgs& args, const Real* base, const RouteWorkspace<Real>& work, int32_t* ids) {
+void select(const RouteArgs& args, const Real* base, bool ordered, const RouteWorkspace<Real>& work, int32_t* ids) {
   const int64_t num_experts = args.num_experts, top_k = args.top_k;
   const Real* bias = static_cast<const Real*>(args.expert_bias);
+  if (ordered && !bias && args.options.num_groups == 1) return choose(base, num_experts, top_k, ids, work.order);
+
   Real* choice = work.choice;
   for_vectors<Real>(num_experts, [&](auto load, auto store) {
     Vec<Real> c = load(base);
@@ -64,23 +66,23 @@ bool route_token(const RouteArgs& args, int64_t token, const RouteWorkspace<Wide
   Real* weights = static_cast<Real*>(args.topk_weights) + token * top_k;
   int32_t* ids = args.topk_ids + token * top_k;
   Real* z = work.logits;
-  load_logits(static_cast<const T*>(args.router_logits) + token * num_experts, num_experts, z);
-  bool finite = true;
-  if (options.check_finite) {
-    for (int64_t e = 0; e < num_experts; ++e) finite &= std::abs(z[e]) <= std::numeric_limits<Real>::max();
-  }
+  const bool finite = load_logits(static_cast<const T*>(args.router_logits) + token * num_experts, num_experts, z);
 
   // 1. Scores of all experts, where they are needed.
   const bool choose_by_score = options.score_order == ScoreOrder::kScoreThenTopK && !args.route_override &&
                                (args.expert_bias || options.num_groups > 1);
-  const Real* all = scores_all(options) || choose_by_score ? work.scores : nullptr;
-  if (all) score(options.score_function, z, route_padded(num_experts), work.scores);
+  std::optional<Softmax<Real>> of_all;
+  if (scores_all(options)) {
+    of_all = softmax(z, route_padded(num_experts), choose_by_score ? work.scores : nullptr);
+  } else if (choose_by_score) {
+    score(options.score_function, z, route_padded(num_experts), work.scores);
+  }
 
   // 2. The k best.
   if (args.route_override) {
     std::memcpy(ids, args.route_override + token * top_k, static_cast<size_t>(top_k) * sizeof(int32_t));
   } else {
-    select(args, choose_by_score ? work.scores : z, work, ids);
+    select(args, choose_by_score ? work.scores : z, finite, work, ids);
   }
 
   // 3. Their weights; an id out of range has none.
@@ -90,12 +92,16 @@ bool route_token(const RouteArgs& args, int64_t token, const RouteWorkspace<Wide
     work.picks[n] = ids[j];
     n += valid(ids[j]);
   }
-  weigh(options, z, all, n, work);
+  if (choose_by_score) {
+    for (int64_t j = 0; j < n; ++j) work.weights[j] = work.scores[work.picks[j]];
+  } else {
+    weigh(options, z, of_all, n, work);
+  }
   const Real scale = static_cast<Real>(options.routed_scaling_factor);
   const Real divisor = options.renormalize ? norm(options, work.weights, n).divisor : Real{1};
   n = 0;
   for (int64_t j = 0; j < top_k; ++j) weights[j] = valid(ids[j]) ? work.weights[n++] / divisor * scale : 0;
-  return finite;
+  return finite || !options.check_finite;
 }
 
 template <typename T>

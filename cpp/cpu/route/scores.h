@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cmath>
+#include <functional>
 #include <limits>
 
 #include "gemm/activate.h"
 #include "route/kernels.h"
+#include "route/lanes.h"
 
 namespace moe::MOE_ISA {
 
@@ -39,30 +41,39 @@ template <typename Real>
 inline Real largest_of(const Real* x, int64_t padded) {
   Vec<Real> best = broadcast(kNone<Real>);
   for (int64_t i = 0; i < padded; i += kLanes<Real>) best = max<Real>(best, load(x + i));  // NaN is passed over
-  Real largest = best[0];
-  for (int i = 1; i < kLanes<Real>; ++i) largest = best[i] > largest ? best[i] : largest;
-  return largest;
+  return reduced<Real>(best, max<Real>);
 }
 
+// What turns logits into scores.
 template <typename Real>
-inline void softmax(const Real* z, int64_t padded, Real* v) {
-  const Vec<Real> largest = broadcast(largest_of(z, padded));
+struct Softmax {
+  Real largest, scale;  // the largest logit; one over the sum of exp(logit - largest)
+
+  Vec<Real> operator()(Vec<Real> z) const { return exp(z - broadcast(largest)) * broadcast(scale); }
+};
+
+// The softmax of a row. `v`, unless null, becomes the scores.
+template <typename Real>
+inline Softmax<Real> softmax(const Real* z, int64_t padded, Real* v) {
+  const Real largest = largest_of(z, padded);
   Vec<Real> sums{};
   for (int64_t i = 0; i < padded; i += kLanes<Real>) {
-    const Vec<Real> e = exp(load(z + i) - largest);
-    store(v + i, e);
+    const Vec<Real> e = exp(load(z + i) - broadcast(largest));
+    if (v) store(v + i, e);
     sums += e;
   }
-  Real sum = sums[0];
-  for (int i = 1; i < kLanes<Real>; ++i) sum += sums[i];
-  const Vec<Real> scale = broadcast(1 / sum);
-  for (int64_t i = 0; i < padded; i += kLanes<Real>) store(v + i, load(v + i) * scale);
+  const Real scale = 1 / reduced<Real>(sums, std::plus<>());
+  for (int64_t i = 0; v && i < padded; i += kLanes<Real>) store(v + i, load(v + i) * broadcast(scale));
+  return {largest, scale};
 }
 
 // v[0 .. padded) = score(z[0 .. padded))
 template <typename Real>
 inline void score(ScoreFunction function, const Real* z, int64_t padded, Real* v) {
-  if (function == ScoreFunction::kSoftmax) return softmax(z, padded, v);
+  if (function == ScoreFunction::kSoftmax) {
+    softmax(z, padded, v);
+    return;
+  }
   if (function == ScoreFunction::kSigmoid) {
     for (int64_t i = 0; i < padded; i += kLanes<Real>) store(v + i, sigmoid<Real>(load(z + i)));
     return;
@@ -84,12 +95,18 @@ inline void through_score(ScoreFunction function, const Real* z, const Real* v, 
   }
 }
 
-// The row widened, and padded with -infinity up to route_padded(n).
+// The row widened, and padded with -infinity up to route_padded(n). Returns whether all of it is finite.
 template <typename Storage>
-inline void load_logits(const Storage* logits, int64_t n, Wide<Storage>* z) {
+inline bool load_logits(const Storage* logits, int64_t n, Wide<Storage>* z) {
   using Real = Wide<Storage>;
-  for_vectors<Real>(n, [&](auto load, auto store) { store(z, load(logits)); });
+  Vec<Real> differences{};
+  for_vectors<Real>(n, [&](auto load, auto store) {
+    const Vec<Real> x = load(logits);
+    store(z, x);
+    differences += x - x;  // 0, or NaN
+  });
   for (int64_t i = n; i < route_padded(n); ++i) z[i] = kNone<Real>;
+  return bits_of<Real>(differences != 0) == 0;
 }
 
 }  // namespace moe::MOE_ISA

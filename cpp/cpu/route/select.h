@@ -3,43 +3,11 @@
 
 #include <bit>
 #include <cstring>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 #include "route/scores.h"
 #include "topk.h"
 
 namespace moe::MOE_ISA {
-
-template <typename Real>
-using Mask = decltype(Vec<Real>{} < Vec<Real>{});  // integers of the same width: -1 where true
-
-template <typename Real>
-inline Mask<Real> lane_numbers() {
-  Mask<Real> lanes;
-  for (int i = 0; i < kLanes<Real>; ++i) lanes[i] = i;
-  return lanes;
-}
-
-// Bit i tells lane i.
-template <typename Real>
-inline uint64_t bits_of(Mask<Real> mask) {
-#if MOE_VECTOR_BYTES == 64
-  if constexpr (sizeof(Real) == 4) return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
-  if constexpr (sizeof(Real) == 8) return _mm512_movepi64_mask(reinterpret_cast<__m512i>(mask));
-#elif MOE_VECTOR_BYTES == 32 && defined(__AVX2__)
-  if constexpr (sizeof(Real) == 4) return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
-  if constexpr (sizeof(Real) == 8) return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(mask)));
-#elif MOE_VECTOR_BYTES == 16 && defined(__SSE2__)
-  if constexpr (sizeof(Real) == 4) return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
-  if constexpr (sizeof(Real) == 8) return static_cast<uint32_t>(_mm_movemask_pd(reinterpret_cast<__m128d>(mask)));
-#else
-  uint64_t bits = 0;
-  for (int i = 0; i < kLanes<Real>; ++i) bits |= uint64_t{mask[i] != 0} << i;
-  return bits;
-#endif
-}
 
 // What ranking all pairs is good for.
 inline constexpr int64_t kMostRanked = 64;
@@ -83,9 +51,7 @@ inline Real threshold(const Real* values, int64_t n, int64_t k) {
     }
     least = above < static_cast<int>(k) ? min<Real>(least, mine) : least;
   }
-  Real result = least[0];
-  for (int i = 1; i < kLanes<Real>; ++i) result = least[i] < result ? least[i] : result;
-  return result;
+  return reduced<Real>(least, min<Real>);
 }
 
 // values: padded with -infinity (route/kernels.h). indices: [k] out. order: [n] scratch.
@@ -110,18 +76,11 @@ inline void choose(const Real* values, int64_t n, int64_t k, int32_t* indices, i
   rank(values, order, found, k, indices);
 }
 
-// Lane i becomes lane i + Width, around the end.
-template <typename Real, int Width, int... I>
-inline Vec<Real> rotated(Vec<Real> x, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(x, x, ((I + Width) % kLanes<Real>)...);
-}
-
 // Every lane of `first` and `second` becomes the largest and the second of all lanes of both.
 template <typename Real, int Width = kLanes<Real> / 2>
 inline void merge_lanes(Vec<Real>& first, Vec<Real>& second) {
   if constexpr (Width > 0) {
-    constexpr std::make_integer_sequence<int, kLanes<Real>> kEvery{};
-    const Vec<Real> other = rotated<Real, Width>(first, kEvery), runner_up = rotated<Real, Width>(second, kEvery);
+    const Vec<Real> other = rotated<Real, Width>(first), runner_up = rotated<Real, Width>(second);
     second = max<Real>(min<Real>(first, other), max<Real>(second, runner_up));
     first = max<Real>(first, other);
     merge_lanes<Real, Width / 2>(first, second);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
 
 #include "route/scores.h"
 
@@ -11,18 +12,15 @@ inline bool scores_all(const RouteOptions& options) {
   return options.score_order == ScoreOrder::kScoreThenTopK && options.score_function == ScoreFunction::kSoftmax;
 }
 
-// work.weights[0 .. n) = the scores of work.picks[0 .. n); `all` has those of every expert, or is null.
-// work.choice holds the picks' logits afterwards, unless `all` is given.
+// work.weights[0 .. n) = the scores of work.picks[0 .. n), of which work.choice holds the logits afterwards. With
+// scores_all, `of_all` makes the logits scores.
 template <typename Real>
-inline void weigh(const RouteOptions& options, const Real* z, const Real* all, int64_t n,
+inline void weigh(const RouteOptions& options, const Real* z, const std::optional<Softmax<Real>>& of_all, int64_t n,
                   const RouteWorkspace<Real>& work) {
-  if (all) {
-    for (int64_t j = 0; j < n; ++j) work.weights[j] = all[work.picks[j]];
-    return;
-  }
   for (int64_t j = 0; j < n; ++j) work.choice[j] = z[work.picks[j]];
   for (int64_t j = n; j < route_padded(n); ++j) work.choice[j] = kNone<Real>;
-  score(options.score_function, work.choice, route_padded(n), work.weights);
+  if (!of_all) return score(options.score_function, work.choice, route_padded(n), work.weights);
+  for (int64_t j = 0; j < n; j += kLanes<Real>) store(work.weights + j, (*of_all)(load(work.choice + j)));
 }
 
 // What renormalisation divides by.
