@@ -211,7 +211,8 @@ def test_list_names_every_case(capsys):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Layers of the claims made small, except for their experts."""
+    """Layers of the claims made small, except for their experts; there is memory for their true sizes, too."""
+    monkeypatch.setattr(layer_claims.machine, "memory_budget", lambda: 64 << 30)
     right = layer_claims.make_problem
 
     def make_problem(shape, *arguments):

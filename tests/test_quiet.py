@@ -84,8 +84,7 @@ def test_threads_are_those_of_the_process():
     before, release = thread_ids(), threading.Event()
     thread = threading.Thread(target=release.wait)
     thread.start()
-    assert len(thread_ids()) == len(before) + 1
-    assert thread.native_id in thread_ids()
+    assert set(thread_ids()) - set(before) == {thread.native_id}  # one that others left behind may end meanwhile
     release.set()
     thread.join()
 
@@ -150,10 +149,10 @@ def test_threads_that_compete_for_one_core_wait():
     os.sched_setaffinity(0, {min(allowed)})
     try:
         with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as rival:
-            start, stop = seconds_waited(), time.perf_counter() + 0.2
-            while time.perf_counter() < stop:
+            start, stop = seconds_waited(), time.perf_counter() + 60  # the rival has to begin
+            while seconds_waited() - start < 0.01 and time.perf_counter() < stop:
                 pass
             rival.kill()
     finally:
         os.sched_setaffinity(0, allowed)
-    assert seconds_waited() - start > 0.01
+    assert seconds_waited() - start >= 0.01
