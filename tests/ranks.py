@@ -14,8 +14,11 @@ needs_distributed = pytest.mark.skipif(
 )
 
 
-def run_ranks(script: str, world_size: int, path: Path, *arguments: str, timeout: int = 300) -> None:
-    """Run ``script`` with the arguments rank, world_size, a path for the store, and ``arguments``; one thread each."""
+def run_ranks(script: str, world_size: int, path: Path, *arguments: str, timeout: int = 900) -> None:
+    """Run ``script`` with the arguments rank, world_size, a path for the store, and ``arguments``; one thread each.
+
+    The timeout is for ranks that wait for ever: on a busy machine those that do not have taken 213 s.
+    """
     command = [sys.executable, "-W", "error", str(FOLDER / script)]
     options = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     ranks = [

@@ -32,7 +32,7 @@ def test_a_lost_rank_is_named_and_the_others_go_on(script, fault, tmp_path):
         subprocess.Popen([*command, str(rank), "3", str(tmp_path / "store"), fault], **options) for rank in range(3)
     ]
     try:
-        errors = [ranks[rank].communicate(timeout=120)[1] for rank in (0, 2)]
+        errors = [ranks[rank].communicate(timeout=300)[1] for rank in (0, 2)]
     finally:
         for rank in ranks:
             rank.kill()

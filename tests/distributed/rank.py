@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from torch.distributed import Store
+
 
 def run(main: Callable[..., None]) -> None:
     """Call ``main(rank, world_size, path, *arguments)`` with the command line's, and leave without Python's own end.
@@ -18,3 +20,9 @@ def run(main: Callable[..., None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def meet(store: Store, rank: int, world_size: int) -> None:
+    """Wait until all ranks are here, without the group: what is timed next is not how far behind one of them was."""
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(world_size)])
