@@ -26,7 +26,7 @@ import torch
 from torch import distributed
 
 from torch_moe import MoE, ops
-from torch_moe.cli import machine
+from torch_moe.cli import machine, report
 from torch_moe.distributed import ExpertParallel, tune_chunks
 from torch_moe.ops.ep_pack import row_bytes
 
@@ -217,11 +217,8 @@ def main():
     if reason is not None:
         print(f"skipped: {reason}", file=sys.stderr)
         return None
-    environment = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.source_commit(), "cpu": machine.cpu_model(), "cores": machine.num_cores(),
-        "torch": torch.__version__, "load": round(os.getloadavg()[0], 1), "realtime": options.realtime,
-    }  # fmt: skip
+    torch.set_num_threads(1)  # as in the ranks: what the record says
+    environment = {**machine.describe(), "load": round(os.getloadavg()[0], 1), "realtime": options.realtime}
     links = [options.mbit] if options.mbit else list(dict.fromkeys([options.balance, 100, 1000]))
     intermediate = options.intermediate
     with tempfile.TemporaryDirectory() as folder:
@@ -230,8 +227,7 @@ def main():
             intermediate = record["intermediate"]  # the same layer over every link
             print(json.dumps(record))
             if options.output is not None:
-                with options.output.open("a") as lines:
-                    lines.write(json.dumps({**record, **environment}) + "\n")
+                report.append_jsonl(options.output, [{**record, **environment}])
     return None
 
 

@@ -12,6 +12,7 @@ import time
 
 import torch
 
+from torch_moe.cli import machine
 from torch_moe.distributed import count_moves, rank_loads, solve_placement
 
 LAYERS, EXPERTS = 64, 256
@@ -63,8 +64,9 @@ def twice_on_a_rank(placed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+    parser.add_argument("--json", action="store_true", help="JSON lines, which also say date, commit and machine")
     options = parser.parse_args()
+    environment = machine.describe()
     for law in ("zipf", "lognormal"):
         before, after = draw(law)
         for ranks, redundant in CASES:
@@ -85,7 +87,7 @@ def main():
                 "moves_fresh": round(count_moves(placed, fresh).double().mean().item(), 1),
             }  # fmt: skip
             words = "  ".join(f"{name} {value}" for name, value in record.items())
-            print(json.dumps(record) if options.json else words)
+            print(json.dumps({**environment, **record}) if options.json else words)
 
 
 if __name__ == "__main__":
