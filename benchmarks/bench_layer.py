@@ -52,7 +52,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--isa", type=some_of(_C.available_isas()), default=(_C.isa(),), help="compare instruction sets"
     )
-    parser.add_argument("--compare", action="store_true", help="also K dense FFNs, grouped_mm and a loop over experts")
+    parser.add_argument(
+        "--compare", action="store_true", help="also K dense FFNs, grouped_mm, a loop, and Hugging Face's experts"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="samples per timing; the quieter half counts")
     parser.add_argument("--quick", action="store_true", help="three rounds, one routing")
     parser.add_argument("--realtime", action="store_true", help="timed calls in the real-time class; says if refused")

@@ -125,9 +125,9 @@ def run_cases(
         before_sample = bench.between_rounds(on_sample)
         timings = interleave(calls, rounds=rounds, prepare=prepare, observe=bench.paired, on_sample=before_sample)
     bench.read_floor()
-    limits = bench.best_since(start)
-    bench.display.note(f"floor of these: {limits.gflops:.0f} GFLOP/s of FMAs, {limits.read_gbytes:.1f} GB/s of reads")
-    return [replace(row, timing=timings[key], machine=limits) for key, row in rows.items()]
+    best = bench.best_since(start)
+    bench.display.note(f"floor of these: {best.gflops:.0f} GFLOP/s of FMAs, {best.read_gbytes:.1f} GB/s of reads")
+    return [replace(row, timing=timings[key], machine=best) for key, row in rows.items()]
 
 
 def _contenders(
