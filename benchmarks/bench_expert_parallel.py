@@ -1,28 +1,23 @@
 """What expert parallelism costs one rank beside its experts: bytes per token, time per phase, balance.
 
 All ranks are played by one process, so nothing is exchanged: rank 0 packs its tokens for every rank, and what it gets
-is what each of the others would send. Bytes are compared with n(W) = W (1 - C(E - E/W, K) / C(E, K)) rows per token.
+is what each of the others would send. Rows per token stand beside W (1 - C(E - E/W, K) / C(E, K)), those of uniform
+routing; bytes beside those of K copies per token.
 
     python benchmarks/bench_expert_parallel.py --ranks 2,4,8 --dtype bf16
 """
 
 import argparse
-import math
 import statistics
 import time
 
 import torch
 
 from torch_moe import ops
+from torch_moe.cli.expert_parallel import expected_ranks
+from torch_moe.cli.problem import DTYPES
 from torch_moe.ops.ep_pack import WIRES
 from torch_moe.testing import ROUTINGS, routing
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def copies(ranks: int, experts: int, top_k: int) -> float:
-    """The ranks that a token is expected to visit, for uniform routing."""
-    return ranks * (1 - math.comb(experts - experts // ranks, top_k) / math.comb(experts, top_k))
 
 
 class Rank:
@@ -86,7 +81,7 @@ def measure(options: argparse.Namespace, ranks: int) -> dict[str, float]:
     result = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     own = int(plan.rank_offsets[1])
     result["rows"] = int(plan.rank_offsets[-1]) / options.tokens
-    result["formula"] = copies(ranks, options.experts, options.top_k)
+    result["formula"] = expected_ranks(options.experts, ranks, options.top_k)
     result["bytes"] = (int(plan.rank_offsets[-1]) - own) * packed.shape[1] / options.tokens
     k_copies = options.top_k * (1 - 1 / ranks) * packed.shape[1]
     result["fewer"] = k_copies / result["bytes"] if result["bytes"] else 1.0  # one rank sends nothing either way

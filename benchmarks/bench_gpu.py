@@ -9,7 +9,7 @@ Every line of the output is one candidate of one case. The ceilings are measured
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,14 @@ from gpu_cases import (
     decode_case,
     gather_case,
     grouped_gemm_cases,
+    in_short,
     layer_case,
 )
 from gpu_memory import exchange_cases, router_cases, row_cases
 from gpu_time import Ceilings, measure, measure_ceilings, spread_text
 
 
-def groups(device: torch.device, *, quick: bool, tiny: bool) -> Iterator[Callable[[], Iterable[Case]]]:
+def groups(device: torch.device, *, quick: bool, tiny: bool) -> Iterator["partial[Iterable[Case]]"]:
     """Yield makers of cases, the most wanted first: time may run out."""
     layer, fine, decode = (TINY, TINY._replace(num_tokens=7), TINY) if tiny else (LAYER, FINE, DECODE)
     for shape, routing_name in ((layer, "uniform"), (fine, "uniform"), *(() if quick else ((layer, "zipf"),))):
@@ -56,7 +57,7 @@ def drop_what_fails(case: Case) -> None:
             case.candidates[name]()
         except Exception as error:  # a guest in any version: what it says is the reason
             del case.candidates[name]
-            case.skipped[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            case.skipped[name] = in_short(error)
 
 
 def records(case: Case, device: torch.device, rounds: int, ceilings: Ceilings) -> list[dict[str, Any]]:
@@ -99,7 +100,7 @@ def records(case: Case, device: torch.device, rounds: int, ceilings: Ceilings) -
 def run(device: torch.device, rounds: int, ceilings: Ceilings, end: float, **which: bool) -> Iterator[dict[str, Any]]:
     """Yield the records of the cases that fit in the time; a case that fails is a record, too."""
     for make in groups(device, **which):
-        name = make.func.__name__ if isinstance(make, partial) else ""
+        name = make.func.__name__  # until a case has one
         try:
             for case in make():
                 if time.monotonic() > end:

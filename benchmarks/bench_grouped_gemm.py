@@ -1,7 +1,7 @@
 """grouped_gemm by rows per expert: which kernel runs, and how near it comes to the machine's floor.
 
-The rule of cpp/cpu/gemm/block.h (dot products for few rows, packed panels above) is read off this
-table: move its constants, build, run again, and compare the two kernels on the rows in between.
+The constants of cpp/cpu/gemm/block.h, which choose the kernel by the number of rows, are read off this table: move one,
+build, run again, and compare the two kernels on the rows in between.
 
     python benchmarks/bench_grouped_gemm.py --n 1536 --k 2048 --dtype bf16 --layout out_in
 """
@@ -12,9 +12,9 @@ import torch
 
 from torch_moe import _C, ops
 from torch_moe.cli.floor import Machine, Work
+from torch_moe.cli.problem import DTYPES
 from torch_moe.testing.timing import interleave
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = (1, 2, 4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256)
 WEIGHT_BYTES = 256 << 20  # all experts together: far more than the caches, as a model's weights are
 

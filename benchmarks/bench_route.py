@@ -20,6 +20,7 @@ SCORES = {
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda z: torch.nn.functional.softplus(z).sqrt(),
 }
+SCALING = 2.5  # of DeepSeek-V3
 
 
 def eager(logits: Tensor, bias: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -33,7 +34,7 @@ def eager(logits: Tensor, bias: Tensor, args: argparse.Namespace) -> tuple[Tenso
         choice = grouped.masked_fill(~keep[..., None], float("-inf")).flatten(1)
     ids = choice.topk(args.top_k, dim=-1).indices
     weights = scores.gather(1, ids)
-    return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * 2.5, ids
+    return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * SCALING, ids
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
     routers = {
         "eager": lambda z: eager(z, bias, args),
         "route": lambda z: ops.route(
-            z, args.top_k, bias, score_function=args.score, routed_scaling_factor=2.5, **groups
+            z, args.top_k, bias, score_function=args.score, routed_scaling_factor=SCALING, **groups
         ),
     }
 

@@ -126,6 +126,11 @@ def triton_experts(problem: Problem) -> Callable[..., Tensor]:
     return lambda x, gate_up, down, weights, ids: fused_experts(x, gate_up, down, weights, ids)
 
 
+def in_short(error: Exception) -> str:
+    """Return the kind of an error and its first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def contenders(problem: Problem, backward: bool) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
     """Return the implementations that run here on this problem, ours first, and why others do not."""
     found: dict[str, Callable[..., Tensor]] = {"torch_moe": torch_moe_experts}
@@ -142,7 +147,7 @@ def contenders(problem: Problem, backward: bool) -> tuple[dict[str, Callable[...
                 found[name](*problem.leaves, problem.topk_ids)
             except Exception as error:  # a guest in any version: what it says is the reason
                 found.pop(name, None)
-                skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                skipped[name] = in_short(error)
     return found, skipped
 
 
@@ -190,7 +195,7 @@ def layer_case(shape: Shape, routing_name: str, device: torch.device, *, backwar
     def call(experts: Callable[..., Tensor]) -> Callable[[], object]:
         if not backward:
             return lambda: experts(*leaves, problem.topk_ids)
-        return lambda: torch.autograd.grad(experts(*leaves, problem.topk_ids), leaves, grad.to(DTYPE))
+        return lambda: torch.autograd.grad(experts(*leaves, problem.topk_ids), leaves, grad)
 
     calls = {name: call(experts) for name, experts in found.items()}
     calls["cublas_equal_flops"] = dense_calls(problem, backward)

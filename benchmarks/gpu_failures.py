@@ -1,8 +1,7 @@
 """A plugin of pytest that tells of a failed test at once: a run that is stopped at its limit comes to no summary."""
 
 import pytest
-
-MARK = "failed at once: "
+from gpu_parts import FAILED
 
 
 class Teller:
@@ -17,7 +16,7 @@ class Teller:
         crash = getattr(report.longrepr, "reprcrash", None)
         lines = (crash.message if crash else report.longreprtext).splitlines() or [""]
         self.terminal.ensure_newline()
-        self.terminal.write_line(f"{MARK}{report.nodeid}: {lines[0]}")
+        self.terminal.write_line(f"{FAILED}{report.nodeid}: {lines[0]}")
 
 
 @pytest.hookimpl(trylast=True)

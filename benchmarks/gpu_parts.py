@@ -23,6 +23,7 @@ BUILD = ROOT / "build" / "gpu-check"
 SITE = BUILD / "site"  # the package, apart from whatever is installed
 NATIVE = BUILD / "native"  # the kernel tests
 BUILD_MODULES = ("pip", "scikit_build_core", "pybind11", "torch")
+FAILED = "failed at once: "  # how gpu_failures.py begins the line about a test that failed
 QUICK_TESTS = ("tests/test_cuda.py", "tests/test_experts.py", "tests/test_opcheck.py")
 
 
@@ -194,7 +195,7 @@ def tests(check: Check) -> Outcome:
     alone["PYTHONPATH"] += os.pathsep + str(ROOT / "benchmarks")
     status, output = run([*command, *(QUICK_TESTS if check.quick else ("tests",))], limit, alone)
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", output[-2000:])
-    failed = [{"failed_test": test} for test in re.findall("^failed at once: (.*)", output, re.MULTILINE)]
+    failed = [{"failed_test": test} for test in re.findall(f"^{FAILED}(.*)", output, re.MULTILINE)]
     return outcome(status, output, limit, [{name: int(count) for count, name in counts}, *failed])
 
 

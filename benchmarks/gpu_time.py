@@ -1,6 +1,5 @@
 """Times on a GPU: interleaved samples by device events, the cache emptied before each, and the card's two ceilings."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,11 +25,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(
-    candidates: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, *, flush: bool = True
-) -> dict[str, Timing]:
+def measure(candidates: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, Timing]:
     """Time each candidate once per round, in an order that rotates, after two calls of each to warm up."""
-    scratch = torch.empty(FLUSH_BYTES if device.type == "cuda" and flush else 1, dtype=torch.uint8, device=device)
+    scratch = torch.empty(FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
     for call in candidates.values():
         call()
         call()
@@ -97,4 +94,4 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def spread_text(timing: Timing) -> str:
     """Return "median ms +- spread %"."""
-    return f"{1e3 * statistics.median(timing.samples):9.3f} ms +-{100 * timing.spread:4.1f} %"
+    return f"{1e3 * timing.median:9.3f} ms +-{100 * timing.spread:4.1f} %"

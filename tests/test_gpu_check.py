@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import bench_gpu
 import gpu_check
-import gpu_failures
 import gpu_parts
 import gpu_small
 import gpu_summary
@@ -104,7 +103,7 @@ def test_other_plugins_and_warnings_do_not_end_the_python_tests(there, monkeypat
 
     def run(command, limit, env):
         ran.update(command=[str(part) for part in command], env=env)
-        return 0, f"..F\n{gpu_failures.MARK}tests/a.py::b: why\n3 passed, 1 skipped in 2 s"
+        return 0, f"..F\n{gpu_parts.FAILED}tests/a.py::b: why\n3 passed, 1 skipped in 2 s"
 
     monkeypatch.setattr(gpu_parts, "run", run)
     find = gpu_parts.importlib.util.find_spec
@@ -136,8 +135,8 @@ def test_a_failed_test_is_told_of_at_once(workers, pause, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_failures", *workers, "--rootdir", tmp_path, tmp_path]
     status, output = gpu_parts.run(command, 120, environment)
     assert status == -signal.SIGKILL  # it never came to a summary
-    assert output.count(gpu_failures.MARK) == 1
-    assert f"{gpu_failures.MARK}test_two.py::test_a: ValueError: first\n" in output
+    assert output.count(gpu_parts.FAILED) == 1
+    assert f"{gpu_parts.FAILED}test_two.py::test_a: ValueError: first\n" in output
 
 
 def test_a_command_is_stopped_at_its_limit_with_its_children():
