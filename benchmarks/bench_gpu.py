@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes: to test this program")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch sees no CUDA device (--device cpu --tiny tries the program)")
     end = time.monotonic() + args.budget
 
     ceilings = measure_ceilings(device, args.rounds, small=args.tiny)

@@ -48,8 +48,8 @@ def architectures(capability: str) -> str:
 
 
 def commit() -> str:
-    """Return the short commit of the checkout, or "" outside of one."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    """Return the short commit of the checkout, marked where files differ from it, or "" outside of one."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     if shutil.which("git") is None:
         return ""
     answer = subprocess.run(command, capture_output=True, text=True, check=False)

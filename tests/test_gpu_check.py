@@ -16,7 +16,7 @@ import pytest
 import torch
 from gpu_parts import Outcome
 
-from torch_moe.cli import main
+from torch_moe.cli import machine, main
 
 LAYER = "layer (32768, 4096, 1024, 128, 8) uniform forward"
 
@@ -256,6 +256,14 @@ def test_a_guest_that_fails_is_skipped_and_we_are_measured(tmp_path, monkeypatch
     assert any(line["case"] == "grouped_gemm wgrad" and line["candidate"] == "torch_moe" for line in lines)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_benchmark_says_how_to_try_it(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py"])
+    with pytest.raises(SystemExit):
+        bench_gpu.main()
+    assert "--device cuda: torch sees no CUDA device (--device cpu --tiny tries" in capsys.readouterr().err
+
+
 def test_small_shapes_run_on_the_cpu(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_small.py", "--device", "cpu"])
     gpu_small.main()
@@ -287,6 +295,12 @@ def test_the_summary_judges_targets_and_names_what_is_faster():
     assert "decode 1 tokens: median_ms at most 0.185: 0.2 (MISSED), aim 0.04" in page
     assert "decode 8 tokens: median_ms at most 0.204: not measured" in page
     assert f"instead: {LAYER} (grouped_mm: 1.20)" in page
+
+
+def test_the_commit_is_that_of_other_records(monkeypatch):
+    """The program cannot ask the package, which is not built yet."""
+    monkeypatch.chdir(gpu_parts.ROOT)
+    assert gpu_check.commit() == machine.source_commit()
 
 
 def test_results_are_written_under_the_name_of_the_gpu(tmp_path):
