@@ -89,9 +89,17 @@ def measure(options: argparse.Namespace, ranks: int) -> dict[str, float]:
     return result
 
 
+def group_sizes(text: str) -> list[int]:
+    """Parse numbers of ranks, separated by commas."""
+    sizes = [int(number) if number.isdecimal() else 0 for number in text.split(",")]
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers of ranks like 2,4,8, got {text!r}")
+    return sizes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", default="2,4,8", help="group sizes (default: %(default)s)")
+    parser.add_argument("--ranks", type=group_sizes, default="2,4,8", help="group sizes (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=4096, help="of each rank (default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--intermediate-size", type=int, default=768)
@@ -105,7 +113,7 @@ def main() -> None:
     phases = ("plan", "pack", "index", "reduce", "experts")
     print("ranks  " + "  ".join(f"{name:>7}" for name in phases) + " ms   share  rows/token (formula)  "
           "bytes away/token  fewer than K copies  balance")  # fmt: skip
-    for ranks in map(int, options.ranks.split(",")):
+    for ranks in options.ranks:
         result = measure(options, ranks)
         share = sum(result[name] for name in phases[:-1]) / result["experts"]
         print(
