@@ -233,7 +233,9 @@ def activation(
     if activation != "swiglu":
         return _UNGATED[_GATE_OF[activation]](gate) * up
     if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        # Not Tensor.clamp: its gradient at the limit itself is 1 up to torch 2.14 and 0 from 2.15. Here it is 1.
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
     return gate * torch.sigmoid(alpha * gate) * (up + up_offset)
 
 
