@@ -9,6 +9,8 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent / "distributed"
+# What pyproject.toml asks of the tests; the second is what torch says on Python 3.13.0 of whatever it compiles.
+PYTHON = [sys.executable, "-W", "error", "-W", "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"]
 needs_distributed = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
 )
@@ -19,7 +21,7 @@ def run_ranks(script: str, world_size: int, path: Path, *arguments: str, timeout
 
     The timeout is for ranks that wait for ever: on a busy machine those that do not have taken 213 s.
     """
-    command = [sys.executable, "-W", "error", str(FOLDER / script)]
+    command = [*PYTHON, str(FOLDER / script)]
     options = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     ranks = [
         subprocess.Popen([*command, str(rank), str(world_size), str(path / "store"), *arguments], **options)

@@ -3,13 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import PYTHON
 
 from torch_moe.distributed import Placement, agree_on_survivors, guard, placement_of, solve_placement, without_ranks
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 def test_a_lost_rank_is_named_and_the_others_go_on(script, fault, tmp_path):
     """Plain exchanges, then a layer in training, which goes on without the rank's experts or moves them."""
     options = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    command = [sys.executable, "-W", "error", str(FOLDER / script)]
+    command = [*PYTHON, str(FOLDER / script)]
     ranks = [
         subprocess.Popen([*command, str(rank), "3", str(tmp_path / "store"), fault], **options) for rank in range(3)
     ]
