@@ -43,7 +43,8 @@ inline Vec<float> exp(Vec<float> x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
 #if MOE_VECTOR_BYTES == 64
-  return reinterpret_cast<Vec<float>>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 #else
   const Int exponent = reinterpret_cast<Int>(shifted) - reinterpret_cast<Int>(broadcast(kRound));
   const Int half = exponent >> 1;
