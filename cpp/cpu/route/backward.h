@@ -14,7 +14,7 @@ void route_token_backward(const RouteBackwardArgs& args, int64_t token, const Ro
   const Real* grad_weights = static_cast<const Real*>(args.grad_topk_weights) + token * args.top_k;
   const int32_t* ids = args.topk_ids + token * args.top_k;
   T* grad_logits = static_cast<T*>(args.grad_router_logits) + token * num_experts;
-  const bool is_softmax = options.score_function == ScoreFunction::kSoftmax, all = scores_all(options);
+  const bool is_softmax = options.score_function == ScoreFunction::kSoftmax;
   const Real *w = work.weights, *v = work.scores;
   Real *g = work.grads, *z = work.logits;
 
@@ -26,7 +26,7 @@ void route_token_backward(const RouteBackwardArgs& args, int64_t token, const Ro
     g[n++] = grad_weights[j] * static_cast<Real>(options.routed_scaling_factor);
   }
   std::optional<Softmax<Real>> of_all;
-  if (all) {
+  if (scores_all(options)) {
     load_logits(logits, num_experts, z);
     of_all = softmax(z, route_padded(num_experts), work.scores);
   } else {
@@ -52,9 +52,9 @@ void route_token_backward(const RouteBackwardArgs& args, int64_t token, const Ro
   const Real mean = is_softmax ? dot() : Real{0};
   if (!is_softmax) through_score(options.score_function, work.choice, w, route_padded(n), g);
   for_vectors<Real>(num_experts,
-                    [&](auto load, auto store) { store(z, all ? broadcast(-mean) * load(v) : Vec<Real>{}); });
+                    [&](auto load, auto store) { store(z, of_all ? broadcast(-mean) * load(v) : Vec<Real>{}); });
   for (int64_t j = 0; j < n; ++j) {
-    z[work.picks[j]] += !is_softmax ? g[j] : w[j] * (all ? g[j] : g[j] - mean);
+    z[work.picks[j]] += !is_softmax ? g[j] : w[j] * (of_all ? g[j] : g[j] - mean);
   }
   for_vectors<Real>(num_experts, [&](auto load, auto store) { store(grad_logits, load(z)); });
 }

@@ -63,7 +63,9 @@ inline Softmax<Real> softmax(const Real* z, int64_t padded, Real* v) {
     sums += e;
   }
   const Real scale = 1 / reduced<Real>(sums, std::plus<>());
-  for (int64_t i = 0; v && i < padded; i += kLanes<Real>) store(v + i, load(v + i) * broadcast(scale));
+  if (v) {
+    for (int64_t i = 0; i < padded; i += kLanes<Real>) store(v + i, load(v + i) * broadcast(scale));
+  }
   return {largest, scale};
 }
 
